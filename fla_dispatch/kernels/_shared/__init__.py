@@ -1,0 +1,1 @@
+"""Parts used by more than one room. Rooms import from here, never from each other."""

@@ -1,0 +1,261 @@
+"""The tables: ops (contracts), recurrences (mathematics) and variants (implementations), and the rooms they come from.
+
+Contracts import this module only, so that rooms never import the dispatcher. Variant modules are known by name and
+imported on first use; one that fails to import becomes a refusal with the error's text, never a disappearance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from .errors import RegistrationError, UnknownNameError, nearest
+from .problem import Problem
+from .requirements import Lacks, Refusal, RefusalCode, Requirement, prove_sound, refusals
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+class Lowering(NamedTuple):
+    """What a contract returns: a call of a recurrence, and plain torch before and after it.
+
+    tensors and options are the recurrence's own NamedTuples. prepare(tensors) -> tensors and finish(outputs) -> result are
+    differentiable torch; explain reads a Lowering without running them.
+    """
+
+    recurrence: str
+    tensors: Any
+    options: Any
+    prepare: Callable[[Any], Any] | None = None
+    finish: Callable[[tuple[Any, ...]], Any] | None = None
+
+
+class Direction(NamedTuple):
+    """Which half of a call is meant; costs and configs may differ."""
+
+    backward: bool
+
+
+FORWARD, BACKWARD = Direction(False), Direction(True)
+
+
+class CostFunction(Protocol):
+    """Estimated seconds of one direction of a problem under a config, planned from bytes, operations, launches and occupancy."""
+
+    def __call__(self, problem: Problem, config: Any, direction: Direction) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One implementation of a recurrence, by name; its module is imported on first use.
+
+    The module exports `forward(config, tensors, options) -> outputs` and, unless `Lacks(("grad",))` is required,
+    `backward(config, residuals, grads, options) -> gradients`. configs(problem) lists the configs that may be chosen,
+    the default first, each a NamedTuple (or `(None,)` for a variant without any).
+    """
+
+    name: str
+    module: str
+    requirements: tuple[Requirement, ...]
+    cost: CostFunction
+    configs: Callable[[Problem], tuple[Any, ...]] = lambda problem: (None,)
+    summary: str = ""
+
+    @property
+    def family(self) -> str:
+        """The algorithm: what `mode="chunk"` means."""
+        return self.name.split("_")[0]
+
+    @property
+    def language(self) -> str:
+        return self.name.split("_")[1] if "_" in self.name else "torch"
+
+    def static_refusals(self, problem: Problem) -> tuple[Refusal, ...]:
+        """Reasons against a problem, without importing the variant's module."""
+        return refusals(self.requirements, problem)
+
+    def load(self) -> types.ModuleType | Refusal:
+        """The variant's module, or the refusal that its failed import amounts to."""
+        return _load_variant(self)
+
+
+_loaded: dict[str, types.ModuleType | Refusal] = {}
+
+
+def _load_variant(variant: Variant) -> types.ModuleType | Refusal:
+    found = _loaded.get(variant.module)
+    if found is None:
+        try:
+            found = importlib.import_module(variant.module)
+        except Exception as e:  # any failure of a plug-in's import is a reason to be shown, whatever its type
+            found = Refusal(
+                RefusalCode.IMPORT_ERROR, "module", f"{type(e).__name__}: {e}", f"{variant.module} to import",
+                "mend the error shown, or use another variant",
+            )  # fmt: skip
+        else:
+            lacks_grad = any(isinstance(r, Lacks) and "grad" in r.features for r in variant.requirements)
+            for function in ("forward",) if lacks_grad else ("forward", "backward"):
+                if not callable(getattr(found, function, None)):
+                    raise RegistrationError(f"variant {variant.name}: module {variant.module} has no function {function!r}")
+        _loaded[variant.module] = found
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+    """The mathematics that variants implement, and the shapes that a compiler must know without running one.
+
+    tensors, options: NamedTuple types; a tensor field whose annotation admits None is optional.
+    outputs: names of the outputs. differentiable: names of the tensors that get gradients.
+    empty_outputs(tensors, options) -> new empty outputs (also of fake tensors); absent ones are empty(0).
+    residuals(tensors, outputs, options) -> what backward needs, of fixed arity.
+    check(tensors, options): host-side checks of values, run inside the op.
+    problem(tensors, options, grad) -> Problem; facts(tensors, options) -> a cheap hashable that determines its Key.
+    flops(tensors, options) -> multiply-adds times two of the forward's chunk form.
+    """
+
+    name: str
+    tensors: type
+    options: type
+    outputs: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    empty_outputs: Callable[[Any, Any], tuple[torch.Tensor, ...]]
+    residuals: Callable[[Any, Any, Any], Any]
+    check: Callable[[Any, Any], None]
+    facts: Callable[[Any, Any], tuple[Any, ...]]
+    problem: Callable[[Any, Any, bool], Problem]
+    flops: Callable[[Any, Any], int]
+    variants: tuple[Variant, ...]
+
+    def variant(self, name: str) -> Variant:
+        for v in self.variants:
+            if v.name == name:
+                return v
+        raise UnknownNameError(f"{self.name}: no variant named {name!r}; {nearest(name, [v.name for v in self.variants])}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """What a user calls: a contract function that lowers to a recurrence.
+
+    sizes: the names of its sizes with defaults, for `explain` without tensors; example(sizes, dtype, device, ...) makes
+    the arguments of a call (the room's input generator).
+    """
+
+    name: str
+    recurrence: str
+    contract: Callable[..., Lowering]
+    sizes: dict[str, int]
+    example: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
+
+    @property
+    def summary(self) -> str:
+        return (self.contract.__doc__ or "").strip().split("\n")[0]
+
+
+#: One line per room, each a folder of `kernels/` with `ops.py` and `variants.py`.
+ROOMS = ("scalar_decay",)
+
+_ops: dict[str, Op] = {}
+_recurrences: dict[str, Recurrence] = {}
+_rooms_loaded = False
+
+#: Counts registrations, so that caches of decisions know when they are stale.
+epoch = 0
+
+
+def _check_variant(recurrence: str, variant: Variant, siblings: Sequence[Variant]) -> None:
+    if variant.name in ("auto", "reference") and variant.module.rsplit(".", 1)[-1] != "reference":
+        raise RegistrationError(f"{recurrence}: the variant name {variant.name!r} is reserved")
+    if sum(v.name == variant.name for v in siblings) > 1:
+        raise RegistrationError(f"{recurrence}: two variants are named {variant.name!r}; names are unique in a recurrence")
+    prove_sound(f"{recurrence}/{variant.name}", variant.requirements)
+
+
+def register_recurrence(recurrence: Recurrence) -> None:
+    """Add a recurrence with its table of variants."""
+    global epoch
+    if recurrence.name in _recurrences:
+        raise RegistrationError(f"a recurrence named {recurrence.name!r} is registered already")
+    for v in recurrence.variants:
+        _check_variant(recurrence.name, v, recurrence.variants)
+    if not any(v.name == "reference" for v in recurrence.variants):
+        raise RegistrationError(f"{recurrence.name}: the table has no `reference` variant")
+    _recurrences[recurrence.name] = recurrence
+    epoch += 1
+
+
+def register_variant(recurrence: str, variant: Variant) -> None:
+    """Add a variant to a registered recurrence (the way in for variants from outside this package)."""
+    global epoch
+    base = get_recurrence(recurrence)
+    table = (*base.variants, variant)
+    _check_variant(recurrence, variant, table)
+    _recurrences[recurrence] = dataclasses.replace(base, variants=table)
+    epoch += 1
+
+
+def unregister_variant(recurrence: str, name: str) -> None:
+    """Take a variant out again (tests and plug-ins that are switched off)."""
+    global epoch
+    base = get_recurrence(recurrence)
+    base.variant(name)
+    _recurrences[recurrence] = dataclasses.replace(base, variants=tuple(v for v in base.variants if v.name != name))
+    epoch += 1
+
+
+def register_op(op: Op) -> None:
+    """Add an op; its recurrence must be registered."""
+    global epoch
+    if op.name in _ops:
+        raise RegistrationError(f"an op named {op.name!r} is registered already")
+    if op.recurrence not in _recurrences:
+        raise RegistrationError(f"op {op.name!r} lowers to the unknown recurrence {op.recurrence!r}")
+    if not op.contract.__doc__:
+        raise RegistrationError(f"op {op.name!r}: the contract function has no docstring")
+    _ops[op.name] = op
+    epoch += 1
+
+
+def load_rooms() -> None:
+    """Register every room's recurrences and ops (imports torch, no triton)."""
+    global _rooms_loaded
+    if _rooms_loaded:
+        return
+    _rooms_loaded = True
+    for room in ROOMS:
+        base = f"{__package__}.kernels.{room}"
+        register_recurrence(importlib.import_module(f"{base}.variants").RECURRENCE)
+        for op in importlib.import_module(f"{base}.ops").OPS:
+            register_op(op)
+
+
+def get_op(name: str) -> Op:
+    load_rooms()
+    found = _ops.get(name)
+    if found is None:
+        raise UnknownNameError(f"no op named {name!r}; {nearest(str(name), list(_ops))}.")
+    return found
+
+
+def get_recurrence(name: str) -> Recurrence:
+    load_rooms()
+    found = _recurrences.get(name)
+    if found is None:
+        raise UnknownNameError(f"no recurrence named {name!r}; {nearest(str(name), list(_recurrences))}.")
+    return found
+
+
+def op_names() -> list[str]:
+    load_rooms()
+    return list(_ops)
+
+
+def recurrence_names() -> list[str]:
+    load_rooms()
+    return list(_recurrences)
