@@ -71,10 +71,11 @@ def known_archs() -> list[str]:
     return sorted(_KNOWN)
 
 
-def _from_table(arch: str, **changes: object) -> DeviceProfile:
-    vendor, name, units, shared, memory, bandwidth, matrix, vector = _KNOWN[arch]
+def _from_table(row: str, **changes: object) -> DeviceProfile:
+    """The table's row as a profile, with the fields that are known better."""
+    vendor, name, units, shared, memory, bandwidth, matrix, vector = _KNOWN[row]
     kind = {"cpu": "cpu", "intel": "xpu"}.get(vendor, "cuda")
-    base = DeviceProfile(kind, vendor, arch, name, units, shared, memory, bandwidth, matrix, vector)
+    base = DeviceProfile(kind, vendor, row, name, units, shared, memory, bandwidth, matrix, vector)
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
@@ -113,18 +114,16 @@ def _profile(kind: str, index: int) -> DeviceProfile:
         arch = re.split(":", gcn)[0] if gcn else f"sm{p.major}{p.minor}"
         shared = getattr(p, "shared_memory_per_block_optin", 0)
         known = {"shared_bytes": shared} if shared and not gcn else {}
-        return _from_table(
-            _family(arch), arch=arch, name=p.name, units=p.multi_processor_count, memory_bytes=p.total_memory, **known
-        )
+        return _from_table(_family(arch), arch=arch, name=p.name, units=p.multi_processor_count, memory_bytes=p.total_memory, **known)
     if kind == "xpu":
-        p = torch.xpu.get_device_properties(index)
-        return _from_table("xe", name=p.name, units=p.gpu_subslice_count, memory_bytes=p.total_memory)
+        x = torch.xpu.get_device_properties(index)
+        return _from_table("xe", name=x.name, units=x.gpu_subslice_count, memory_bytes=x.total_memory)
     return _from_table("cpu", name=kind, present=False)  # meta and other devices without a machine behind them
 
 
 def profile(device: torch.device) -> DeviceProfile:
     """The profile of a torch device (cached per index)."""
-    index = device.index
+    index: int | None = device.index
     if index is None:
         index = torch.cuda.current_device() if device.type == "cuda" else 0
     return _profile(device.type, index)

@@ -250,6 +250,9 @@ class Flag(_Base):
 class _View:
     """What a rule of a variant's own may see: the fields it declared, nothing else."""
 
+    _problem: Problem
+    _reads: tuple[str, ...]
+
     def __init__(self, problem: Problem, reads: tuple[str, ...]):
         object.__setattr__(self, "_problem", problem)
         object.__setattr__(self, "_reads", reads)
