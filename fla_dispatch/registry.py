@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import threading
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -55,7 +56,8 @@ class Variant:
     """One implementation of a recurrence, by name; its module is imported on first use.
 
     The module exports `forward(config, tensors, options) -> outputs` and, unless `Lacks(("grad",))` is required,
-    `backward(config, residuals, grads, options) -> gradients`. configs(problem) lists the configs that may be chosen,
+    `backward(config, residuals, grads, options, wanted) -> gradients`; the forward of a torch variant (language "torch") is
+    plain differentiable torch, so that it serves under torch.func. configs(problem) lists the configs that may be chosen,
     the default first, each a NamedTuple (or `(None,)` for a variant without any).
     """
 
@@ -110,8 +112,12 @@ def _load_variant(variant: Variant) -> types.ModuleType | Refusal:
 class Recurrence:
     """The mathematics that variants implement, and the shapes that a compiler must know without running one.
 
-    tensors, options: NamedTuple types; a tensor field whose annotation admits None is optional.
-    outputs: names of the outputs. differentiable: names of the tensors that get gradients.
+    tensors, options: NamedTuple types; a tensor field whose annotation admits None is optional; options are float, int,
+    str or bool, `final_state` among them.
+    outputs: names of the outputs, those that carry gradients first and in the order of output_grads, state second.
+    saved, gradients, output_grads: NamedTuple types of what backward gets and gives. saved starts with `tensors` and holds
+    outputs after it; gradients has the fields `differentiable`; output_grads the names of outputs that carry gradients.
+    differentiable: names of the tensors that get gradients.
     empty_outputs(tensors, options) -> new empty outputs (also of fake tensors); absent ones are empty(0).
     residuals(tensors, outputs, options) -> what backward needs, of fixed arity.
     check(tensors, options): host-side checks of values, run inside the op.
@@ -120,9 +126,12 @@ class Recurrence:
     """
 
     name: str
-    tensors: type
-    options: type
+    tensors: type[Any]
+    options: type[Any]
     outputs: tuple[str, ...]
+    saved: type[Any]
+    gradients: type[Any]
+    output_grads: type[Any]
     differentiable: tuple[str, ...]
     empty_outputs: Callable[[Any, Any], tuple[torch.Tensor, ...]]
     residuals: Callable[[Any, Any, Any], Any]
@@ -164,6 +173,7 @@ ROOMS = ("scalar_decay",)
 _ops: dict[str, Op] = {}
 _recurrences: dict[str, Recurrence] = {}
 _rooms_loaded = False
+_loading = threading.Lock()
 
 #: Counts registrations, so that caches of decisions know when they are stale.
 epoch = 0
@@ -177,11 +187,25 @@ def _check_variant(recurrence: str, variant: Variant, siblings: Sequence[Variant
     prove_sound(f"{recurrence}/{variant.name}", variant.requirements)
 
 
+def _check_fields(r: Recurrence) -> None:
+    """The NamedTuples of a recurrence must agree with each other: the dispatcher passes tensors by position."""
+    carried = r.output_grads._fields
+    if r.gradients._fields != r.differentiable or not set(r.differentiable) <= set(r.tensors._fields):
+        raise RegistrationError(f"{r.name}: `gradients` and `differentiable` must name the same tensors in the same order")
+    if r.outputs[: len(carried)] != carried or len(r.outputs) < 2:
+        raise RegistrationError(f"{r.name}: outputs {r.outputs} must begin with those that carry gradients, {carried}")
+    if r.saved._fields[0] != "tensors" or not set(r.saved._fields[1:]) <= set(r.outputs):
+        raise RegistrationError(f"{r.name}: `saved` must hold `tensors` first, then outputs")
+    if "final_state" not in r.options._fields:
+        raise RegistrationError(f"{r.name}: options have no field `final_state`")
+
+
 def register_recurrence(recurrence: Recurrence) -> None:
     """Add a recurrence with its table of variants."""
     global epoch
     if recurrence.name in _recurrences:
         raise RegistrationError(f"a recurrence named {recurrence.name!r} is registered already")
+    _check_fields(recurrence)
     for v in recurrence.variants:
         _check_variant(recurrence.name, v, recurrence.variants)
     if not any(v.name == "reference" for v in recurrence.variants):
@@ -227,12 +251,15 @@ def load_rooms() -> None:
     global _rooms_loaded
     if _rooms_loaded:
         return
-    _rooms_loaded = True
-    for room in ROOMS:
-        base = f"{__package__}.kernels.{room}"
-        register_recurrence(importlib.import_module(f"{base}.variants").RECURRENCE)
-        for op in importlib.import_module(f"{base}.ops").OPS:
-            register_op(op)
+    with _loading:
+        if _rooms_loaded:
+            return
+        for room in ROOMS:
+            base = f"{__package__}.kernels.{room}"
+            register_recurrence(importlib.import_module(f"{base}.variants").RECURRENCE)
+            for op in importlib.import_module(f"{base}.ops").OPS:
+                register_op(op)
+        _rooms_loaded = True
 
 
 def get_op(name: str) -> Op:
