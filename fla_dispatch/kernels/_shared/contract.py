@@ -98,10 +98,11 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 def check_qkv(
     where: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: Names = QKV
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int, int, int, int]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int, int, int, int, torch.dtype, torch.device]:
     """q, k: [B, T, H, K]; v: [B, T, HV, V], HV % H == 0, one floating dtype, one device.
 
-    Returns q, k, v, B, T, K, HV, V. Under autocast the three are cast to its dtype (float64 is left alone, as in torch).
+    Returns q, k, v, B, T, K, HV, V, dtype, device. Under autocast the three are cast to its dtype (float64 is left alone,
+    as in torch).
     """
     if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
         for name, x in ((n.q, q), (n.k, k), (n.v, v)):
@@ -120,31 +121,35 @@ def check_qkv(
     if v.device != device:
         _bad_device(where, n.v, v, device, n.q)
     dtype = q.dtype
-    cast = autocast_dtype(q)
-    if cast is not None:
-        if q.dtype not in FLOATS or k.dtype not in FLOATS or v.dtype not in FLOATS:
-            _bad_dtypes(where, n, q, k, v)
-        if torch.float64 not in (dtype, k.dtype, v.dtype):
-            q, k, v, dtype = q.to(cast), k.to(cast), v.to(cast), cast
-    if k.dtype != dtype or v.dtype != dtype or dtype not in FLOATS:
+    if autocast_dtype(q) is not None:
+        q, k, v = _under_autocast(where, n, q, k, v)
+        dtype = q.dtype
+    if k.dtype is not dtype or v.dtype is not dtype or dtype not in FLOATS:
         _bad_dtypes(where, n, q, k, v)
-    return q, k, v, B, T, K, HV, V
+    return q, k, v, B, T, K, HV, V, dtype, device
+
+
+def _under_autocast(where: str, n: Names, *qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    dtype = autocast_dtype(qkv[0])
+    if any(x.dtype not in FLOATS for x in qkv):
+        _bad_dtypes(where, n, *qkv)
+    if dtype is None or any(x.dtype == torch.float64 for x in qkv):
+        return qkv
+    return tuple(x.to(dtype) for x in qkv)
 
 
 def _bad_shape(where: str, name: str, x: torch.Tensor, dims: str, shape: tuple[int, ...]) -> NoReturn:
     bad_call(where, f"shape of {name}", expected=f"{dims} = {list(shape)}", got=shown(x), fix=f"pass {name} with shape {list(shape)}")
 
 
-def _bad_companion(where: str, name: str, x: torch.Tensor, like: torch.Tensor, like_name: str) -> NoReturn:
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    expected = f"{wide}" if wide == like.dtype else f"{wide} or {like_name}'s {like.dtype}"
-    bad_call(where, f"dtype of {name}", expected=expected, got=str(x.dtype), fix=f"convert it with {name}.to({wide})")
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_companion(
-    where: str, name: str, x: torch.Tensor, shape: tuple[int, ...], dims: str, like: torch.Tensor, like_name: str
+    where: str, name: str, x: torch.Tensor, shape: tuple[int, ...], dims: str, dtype: torch.dtype, device: torch.device, like: str
 ) -> torch.Tensor:
-    """A gate, weight or parameter: this shape, on like's device, float32 or like's dtype (float64 beside float64).
+    """A gate, weight or parameter: this shape, on this device, float32 or this dtype, that of `like` (float64 beside float64).
 
     Returns x; under autocast a half-precision x of another dtype than autocast's is cast to float32.
     """
@@ -152,37 +157,35 @@ def check_companion(
         _not_tensor(where, name, x)
     if x.shape != shape:
         _bad_shape(where, name, x, dims, shape)
-    if x.device != like.device:
-        _bad_device(where, name, x, like.device, like_name)
-    dtype, main = x.dtype, like.dtype
-    if dtype != main and (dtype != torch.float32 or main == torch.float64):
-        if dtype in _HALVES and main in _HALVES and autocast_dtype(like) == main:
+    if x.device != device:
+        _bad_device(where, name, x, device, like)
+    have = x.dtype
+    if have is not dtype and (have is not torch.float32 or dtype is torch.float64):
+        if have in _HALVES and dtype in _HALVES and autocast_dtype(x) is dtype:
             return x.float()
-        _bad_companion(where, name, x, like, like_name)
+        expected = f"{dtype}" if _wide(dtype) == dtype else f"{_wide(dtype)} or {like}'s {dtype}"
+        fix = f"convert it with {name}.to({_wide(dtype)})"
+        bad_call(where, f"dtype of {name}", expected=expected, got=str(have), fix=fix)
     return x
 
 
 def check_state(
-    where: str, name: str, x: torch.Tensor, shape: tuple[int, ...], dims: str, like: torch.Tensor, like_name: str
-) -> torch.Tensor:
-    """An initial state: this shape, on like's device, float32 (float64 beside float64)."""
+    where: str, name: str, x: torch.Tensor, shape: tuple[int, ...], dims: str, dtype: torch.dtype, device: torch.device, like: str
+) -> None:
+    """An initial state: this shape, on this device, float32 (float64 beside `like` of float64)."""
     if not isinstance(x, torch.Tensor):
         _not_tensor(where, name, x)
     if x.shape != shape:
         _bad_shape(where, name, x, dims, shape)
-    if x.device != like.device:
-        _bad_device(where, name, x, like.device, like_name)
-    wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if x.dtype != wanted:
-        fix = f"keep states in {wanted}: {name}.to({wanted})"
-        bad_call(where, f"dtype of {name}", expected=f"{wanted}, whatever the dtype of {like_name}", got=str(x.dtype), fix=fix)
-    return x
+    if x.device != device:
+        _bad_device(where, name, x, device, like)
+    if x.dtype is not _wide(dtype):
+        fix = f"keep states in {_wide(dtype)}: {name}.to({_wide(dtype)})"
+        bad_call(where, f"dtype of {name}", expected=f"{_wide(dtype)}, whatever the dtype of {like}", got=str(x.dtype), fix=fix)
 
 
-def check_scale(where: str, scale: float | None, K: int) -> float:
-    """The factor of q: K^(-1/2) when None."""
-    if scale is None:
-        return K**-0.5
+def check_scale(where: str, scale: float) -> float:
+    """A factor of q that the caller chose."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         bad_call(
             where, "scale", expected="a Python float or None", got=shown(scale), fix="pass a number (a tensor would have to be read back)"
@@ -190,7 +193,7 @@ def check_scale(where: str, scale: float | None, K: int) -> float:
     return float(scale)
 
 
-def check_packing(where: str, cu_seqlens: torch.Tensor | SeqInfo, B: int, like: torch.Tensor, like_name: str) -> Packing:
+def check_packing(where: str, cu_seqlens: torch.Tensor | SeqInfo, B: int, device: torch.device, like: str) -> Packing:
     """cu_seqlens of a packed call as (device tensor [N + 1], host tensor or None, segment table or None).
 
     Values are checked inside the op, from the host tensor; of a bare device tensor only shape and dtype are known.
@@ -203,7 +206,7 @@ def check_packing(where: str, cu_seqlens: torch.Tensor | SeqInfo, B: int, like: 
         fix = "pass cumulative lengths as a tensor, or SeqInfo.from_lengths([n1, n2, ...], device)"
         bad_call(where, "cu_seqlens", expected="a tensor [N + 1] of int32 or int64, a SeqInfo or None", got=shown(cu_seqlens), fix=fix)
     if B != 1:
-        fix = f"put the sequences one after the other in one row: {like_name}.flatten(0, 1).unsqueeze(0)"
+        fix = f"put the sequences one after the other in one row: {like}.flatten(0, 1).unsqueeze(0)"
         bad_call(where, "batch with cu_seqlens", expected="B = 1, all sequences packed in one row", got=f"B = {B}", fix=fix)
     if cu.dim() != 1 or cu.shape[0] < 1:
         bad_call(where, "shape of cu_seqlens", expected="[N + 1]", got=shown(cu), fix="pass cumulative lengths [0, n1, n1 + n2, ..., T]")
@@ -211,12 +214,12 @@ def check_packing(where: str, cu_seqlens: torch.Tensor | SeqInfo, B: int, like: 
         bad_call(
             where, "dtype of cu_seqlens", expected="int32 or int64", got=str(cu.dtype), fix="convert it with cu_seqlens.to(torch.int32)"
         )
-    if cu.device != like.device:
+    if cu.device != device:
         if segments is not None:
-            fix = f"build it there: fd.SeqInfo.from_lengths(lengths, device='{like.device}')"
+            fix = f"build it there: fd.SeqInfo.from_lengths(lengths, device='{device}')"
         else:
-            fix = f"pass fd.SeqInfo.from_cu_seqlens(cu_seqlens, device='{like.device}'), which keeps the host copy for checks"
-        bad_call(where, "device of cu_seqlens", expected=f"{like.device}, where {like_name} is", got=str(cu.device), fix=fix)
+            fix = f"pass fd.SeqInfo.from_cu_seqlens(cu_seqlens, device='{device}'), which keeps the host copy for checks"
+        bad_call(where, "device of cu_seqlens", expected=f"{device}, where {like} is", got=str(cu.device), fix=fix)
     if host is None and cu.is_cpu:
         host = cu
     return cu, host, segments

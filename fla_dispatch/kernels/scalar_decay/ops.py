@@ -47,20 +47,20 @@ def _lower(
     cu_seqlens: torch.Tensor | SeqInfo | None,
 ) -> Lowering:
     """The contract that retention, lightning_attn, simple_gla and plain linear_attn share."""
-    q, k, v, B, T, K, HV, V = check_qkv(where, q, k, v)
+    q, k, v, B, T, K, HV, V, dtype, device = check_qkv(where, q, k, v)
     if g is not None:
-        g = check_companion(where, "g", g, (B, T, HV), "[B, T, HV]", q, "q")
+        g = check_companion(where, "g", g, (B, T, HV), "[B, T, HV]", dtype, device, "q")
     cu = host = segments = None
     N = B
     if cu_seqlens is not None:
-        cu, host, segments = check_packing(where, cu_seqlens, B, q, "q")
+        cu, host, segments = check_packing(where, cu_seqlens, B, device, "q")
         N = cu.shape[0] - 1
     if initial_state is not None:
-        initial_state = check_state(where, "initial_state", initial_state, (N, HV, K, V), _STATE, q, "q")
+        check_state(where, "initial_state", initial_state, (N, HV, K, V), _STATE, dtype, device, "q")
     return Lowering(
         "scalar_decay",
         Tensors(q, k, v, g, None, initial_state, None, cu, host, segments),
-        Options(check_scale(where, scale, K), decay, rate, False, output_final_state),
+        Options(K**-0.5 if scale is None else check_scale(where, scale), decay, rate, False, output_final_state),
     )
 
 
@@ -101,11 +101,14 @@ def linear_attn(
             fix = "pass the LinearState that a call with normalize=True returned, or LinearState(S, z)"
             bad_call("linear_attn", "initial_state", expected="a LinearState(S, z) with normalize=True", got=shown(initial_state), fix=fix)
         S, z = initial_state
+        if S is None:
+            bad_call(
+                "linear_attn", "initial_state.S", expected="a torch.Tensor", got="None", fix="pass both S and z, or initial_state=None"
+            )
     low = _lower("linear_attn", q, k, v, None, "none", 0.0, scale, S, output_final_state, cu_seqlens)
     t, o = low.tensors, low.options
     if initial_state is not None:
-        check_state("linear_attn", "initial_state.S", S, S.shape if S is not None else (), _STATE, t.q, "q")
-        check_state("linear_attn", "initial_state.z", z, t.h0.shape[:3], "[N, HV, K]", t.q, "q")
+        check_state("linear_attn", "initial_state.z", z, S.shape[:3], "[N, HV, K]", t.q.dtype, t.q.device, "q")
         t = Tensors(t.q, t.k, t.v, None, None, S, z, t.cu, t.host, t.segments)
     return Lowering(
         "scalar_decay", t, Options(o.scale, "none", 0.0, True, output_final_state), None, _linear_state if output_final_state else None
@@ -227,29 +230,31 @@ def mamba2(
 
     Paper: Dao and Gu 2024, arXiv 2405.21060.
     """
-    C, B, x, rows, T, K, H, P = check_qkv("mamba2", C, B, x, SSD)
-    dt = check_companion("mamba2", "dt", dt, (rows, T, H), "[B, T, H]", x, "x")
-    A = check_companion("mamba2", "A", A, (H,), "[H]", x, "x")
+    C, B, x, rows, T, K, H, P, dtype, device = check_qkv("mamba2", C, B, x, SSD)
+    dt = check_companion("mamba2", "dt", dt, (rows, T, H), "[B, T, H]", dtype, device, "x")
+    A = check_companion("mamba2", "A", A, (H,), "[H]", dtype, device, "x")
     if dt_bias is not None:
-        dt_bias = check_companion("mamba2", "dt_bias", dt_bias, (H,), "[H]", x, "x")
+        dt_bias = check_companion("mamba2", "dt_bias", dt_bias, (H,), "[H]", dtype, device, "x")
     if D is not None:
         per_channel = isinstance(D, torch.Tensor) and D.dim() == 2
-        D = check_companion("mamba2", "D", D, (H, P) if per_channel else (H,), "[H, P]" if per_channel else "[H] (or [H, P])", x, "x")
+        D = check_companion(
+            "mamba2", "D", D, (H, P) if per_channel else (H,), "[H, P]" if per_channel else "[H] (or [H, P])", dtype, device, "x"
+        )
     if z is not None:
-        z = check_companion("mamba2", "z", z, (rows, T, H, P), "[B, T, H, P]", x, "x")
+        z = check_companion("mamba2", "z", z, (rows, T, H, P), "[B, T, H, P]", dtype, device, "x")
     low, high = _check_limit(dt_limit)
     cu = host = segments = None
     batch = rows
     if cu_seqlens is not None:
-        cu, host, segments = check_packing("mamba2", cu_seqlens, rows, x, "x")
+        cu, host, segments = check_packing("mamba2", cu_seqlens, rows, device, "x")
         batch = cu.shape[0] - 1
     if initial_state is not None:
-        initial_state = check_state("mamba2", "initial_state", initial_state, (batch, H, K, P), "[batch, H, N, P]", x, "x")
+        check_state("mamba2", "initial_state", initial_state, (batch, H, K, P), "[batch, H, N, P]", dtype, device, "x")
 
     def prepare(t: Tensors) -> Tensors:
         """dt stands in for the gate g = d A and the weight beta = d, [B, T, H]."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        step = dt.to(wide)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        step = t.g.to(wide)
         if dt_bias is not None:
             step = step + dt_bias.to(wide)
         if dt_softplus:
@@ -261,13 +266,13 @@ def mamba2(
     def finish(outputs: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The skip and the gate, in float32."""
         y, state, _, _ = outputs
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
         y = y.to(wide)
         if D is not None:
             y = y + x.to(wide) * (D if D.dim() == 2 else D[:, None]).to(wide)
         if z is not None:
             y = y * F.silu(z.to(wide))
-        return y.to(x.dtype), state if output_final_state else None
+        return y.to(dtype), state if output_final_state else None
 
     return Lowering(
         "scalar_decay",
