@@ -1,0 +1,102 @@
+"""`fla-dispatch doctor | ops | explain | demo`: argument parsing alone, so that `--help` needs no torch.
+
+Each command imports its module when it runs. Exit codes: 0 all is well, 1 something that was expected to work does not,
+2 the command line or the call it describes is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..errors import FlaDispatchError, UnknownNameError
+
+# Commands are named apart from their modules (`_doctor`, `doctor`), because importing a module sets its name here.
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # importing rich for the help text costs more than everything else that --help does
+    pretty_exceptions_enable=False,
+    help="Linear attention and state-space recurrences: which kernel runs, why, and whether it is right.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        from .. import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command("doctor", short_help="What is here and what can run on it.")
+def _doctor(json: Json = False) -> None:
+    """What is here: devices, versions, and which variants can run; exits 1 when something expected is broken."""
+    from . import doctor as command
+
+    raise typer.Exit(command.run(json))
+
+
+@app.command("ops", short_help="Every op, its sizes and its variants.")
+def _ops(json: Json = False) -> None:
+    """Every op with its recurrence, size names and variants."""
+    from . import ops as command
+
+    raise typer.Exit(command.run(json))
+
+
+@app.command("explain", short_help="Which variant would run, and why.")
+def _explain(
+    op: Annotated[str, typer.Argument(metavar="OP", help="Name of an op, as `fla-dispatch ops` lists them.")],
+    device: Annotated[str | None, typer.Option(help="Architecture, here or not: sm90, gfx942, cpu. Default: what is here.")] = None,
+    dtype: Annotated[str, typer.Option(help="dtype of the inputs.")] = "bfloat16",
+    size: Annotated[list[str] | None, typer.Option(help="A size of the op, NAME=NUMBER; may be repeated.")] = None,
+    mode: Annotated[str, typer.Option(help="auto, reference, a family (chunk), or a variant's name.")] = "auto",
+    packed: Annotated[bool, typer.Option("--packed", help="Packed sequences (cu_seqlens).")] = False,
+    grad: Annotated[bool, typer.Option("--grad", help="With gradients.")] = False,
+    initial_state: Annotated[bool, typer.Option("--initial-state", help="With an initial state.")] = False,
+    final_state: Annotated[bool, typer.Option("--final-state", help="With the final state returned.")] = False,
+    json: Json = False,
+) -> None:
+    """Which variant would run, why, and why not the others; the device need not be here."""
+    from . import explain as command
+
+    sizes = parse_sizes(size or [])
+    raise typer.Exit(command.run(op, device, dtype, sizes, mode, packed, grad, initial_state, final_state, json))
+
+
+@app.command("demo", short_help="Run each op on the device that is here.")
+def _demo(
+    device: Annotated[str | None, typer.Option(help="A torch device: cpu, cuda, cuda:1. Default: a GPU if there is one.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
+    json: Json = False,
+) -> None:
+    """Run each op at a realistic size: the variant chosen and why, its error against the reference, and both times."""
+    from . import demo as command
+
+    raise typer.Exit(command.run(device, op or [], json))
+
+
+def parse_sizes(texts: list[str]) -> dict[str, int]:
+    """`["T=4096", "H=16"]` as a dict."""
+    sizes = {}
+    for text in texts:
+        name, sep, number = text.partition("=")
+        if not sep or not name.isidentifier() or not number.isdecimal():
+            raise UnknownNameError(f"--size: expected NAME=NUMBER, got {text!r}. To fix: write for example --size T=4096.")
+        sizes[name] = int(number)
+    return sizes
+
+
+def main() -> None:
+    """Entry point of the command line; errors of the library become one line on stderr and exit code 2."""
+    try:
+        app()
+    except FlaDispatchError as error:
+        print(f"fla-dispatch: {error}", file=sys.stderr)
+        sys.exit(2)
