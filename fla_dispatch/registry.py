@@ -114,7 +114,7 @@ class Recurrence:
 
     tensors, options: NamedTuple types; a tensor field whose annotation admits None is optional; options are float, int,
     str or bool, `final_state` among them.
-    outputs: names of the outputs, those that carry gradients first and in the order of output_grads, state second.
+    outputs: NamedTuple type, first the outputs that carry gradients in the order of output_grads; state is the second.
     saved, gradients, output_grads: NamedTuple types of what backward gets and gives. saved starts with `tensors` and holds
     outputs after it; gradients has the fields `differentiable`; output_grads the names of outputs that carry gradients.
     differentiable: names of the tensors that get gradients.
@@ -128,7 +128,7 @@ class Recurrence:
     name: str
     tensors: type[Any]
     options: type[Any]
-    outputs: tuple[str, ...]
+    outputs: type[Any]
     saved: type[Any]
     gradients: type[Any]
     output_grads: type[Any]
@@ -192,9 +192,9 @@ def _check_fields(r: Recurrence) -> None:
     carried = r.output_grads._fields
     if r.gradients._fields != r.differentiable or not set(r.differentiable) <= set(r.tensors._fields):
         raise RegistrationError(f"{r.name}: `gradients` and `differentiable` must name the same tensors in the same order")
-    if r.outputs[: len(carried)] != carried or len(r.outputs) < 2:
-        raise RegistrationError(f"{r.name}: outputs {r.outputs} must begin with those that carry gradients, {carried}")
-    if r.saved._fields[0] != "tensors" or not set(r.saved._fields[1:]) <= set(r.outputs):
+    if r.outputs._fields[: len(carried)] != carried or len(r.outputs._fields) < 2:
+        raise RegistrationError(f"{r.name}: outputs {r.outputs._fields} must begin with those that carry gradients, {carried}")
+    if r.saved._fields[0] != "tensors" or not set(r.saved._fields[1:]) <= set(r.outputs._fields):
         raise RegistrationError(f"{r.name}: `saved` must hold `tensors` first, then outputs")
     if "final_state" not in r.options._fields:
         raise RegistrationError(f"{r.name}: options have no field `final_state`")
@@ -248,13 +248,14 @@ def register_op(op: Op) -> None:
 
 def load_rooms() -> None:
     """Register every room's recurrences and ops (imports torch, no triton)."""
+    if not _rooms_loaded:
+        _register_rooms()
+
+
+def _register_rooms() -> None:
     global _rooms_loaded
-    if _rooms_loaded:
-        return
     with _loading:
-        if _rooms_loaded:
-            return
-        for room in ROOMS:
+        for room in () if _rooms_loaded else ROOMS:
             base = f"{__package__}.kernels.{room}"
             register_recurrence(importlib.import_module(f"{base}.variants").RECURRENCE)
             for op in importlib.import_module(f"{base}.ops").OPS:
