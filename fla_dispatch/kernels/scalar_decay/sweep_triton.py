@@ -15,17 +15,18 @@ from .sweep.host import prepare
 
 
 class SweepConfig(NamedTuple):
-    """BT: tokens per chunk; BE: width of an output tile; warps and pipeline stages of a block."""
+    """BT: tokens per chunk; BE: width of an output tile; warps and pipeline stages of a block; split: backward as three launches."""
 
     BT: int
     BE: int
     warps: int
     stages: int
+    split: bool = False
 
 
 def forward(config: SweepConfig, t: Tensors, o: Options) -> Outputs:
     out = Outputs(*empty_outputs(t, o))
-    run_forward(prepare(t, o), o, out, **config._asdict())
+    run_forward(prepare(t, o), o, out, BT=config.BT, BE=config.BE, warps=config.warps, stages=config.stages)
     return out
 
 

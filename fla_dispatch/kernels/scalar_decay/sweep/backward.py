@@ -115,13 +115,14 @@ def sweep_backward(
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
     TOKENS: tl.constexpr,
+    SLICE: tl.constexpr,  # 0, 1, 2: this slice alone; -1: the second grid axis
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     EPS: tl.constexpr,
     FLOOR: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    which = tl.program_id(1)
+    which = tl.program_id(1) if SLICE < 0 else SLICE
     NK: tl.constexpr = (K + BE - 1) // BE
     NV: tl.constexpr = (V + BE - 1) // BE
     NE: tl.constexpr = NK if NK > NV else NV
@@ -200,6 +201,7 @@ def run_backward(
     BE: int,
     warps: int,
     stages: int,
+    split: bool = False,  # one launch per slice
     SEG: int = 0,
     units: int | None = None,
     offsets: torch.Tensor | None = None,
@@ -209,15 +211,15 @@ def run_backward(
     """Fill `out`. With SEG, h0, z0, dS and dz hold the states at each segment's ends, and no dh0 is written."""
     BK, BV = padded(c)
     whole = SEG == 0
-    launch(
-        sweep_backward,
-        ((c.N if units is None else units) * c.HV * max(tiles(c.K, BE), tiles(c.V, BE)), 3),
-        (
-            c.q, c.k, c.v, do, c.g, w, u, c.h0 if whole else h0, c.z0 if whole else z0, dS, dz, c.cu, offsets,
-            out.dq, out.dk, out.dv, out.dh0 if whole else None, out.dz0 if whole else None, out.dot_q, out.dot_v,
-            c.T, c.N, c.B * c.T, o.scale, c.s_q, c.s_k, c.s_v, s_do, c.H, c.HV,
-        ),
-        {**constants(c, o), "BK": BK, "BV": BV, "BE": BE, "BT": BT, "SEG": SEG, "TOKENS": BT == 0, "STAGES": stages},
-        warps,
-        stages,
+    blocks = (c.N if units is None else units) * c.HV * max(tiles(c.K, BE), tiles(c.V, BE))
+    args = (
+        c.q, c.k, c.v, do, c.g, w, u, c.h0 if whole else h0, c.z0 if whole else z0, dS, dz, c.cu, offsets,
+        out.dq, out.dk, out.dv, out.dh0 if whole else None, out.dz0 if whole else None, out.dot_q, out.dot_v,
+        c.T, c.N, c.B * c.T, o.scale, c.s_q, c.s_k, c.s_v, s_do, c.H, c.HV,
     )  # fmt: skip
+    same = {**constants(c, o), "BK": BK, "BV": BV, "BE": BE, "BT": BT, "SEG": SEG, "TOKENS": BT == 0, "STAGES": stages}
+    if split:
+        for i in range(3):
+            launch(sweep_backward, (blocks, 1), args, {**same, "SLICE": i}, warps, stages)
+    else:
+        launch(sweep_backward, (blocks, 3), args, {**same, "SLICE": -1}, warps, stages)

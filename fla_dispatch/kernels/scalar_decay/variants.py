@@ -1,0 +1,222 @@
+"""The table of scalar_decay: every variant with what it requires, the configs it may run and what it is estimated to cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...problem import Problem
+from ...registry import Direction, Recurrence, Variant
+from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package, SharedMemory
+from .._shared.cost import LAUNCH, kernel_seconds, torch_seconds
+from . import recurrence
+from .chunk_torch import ChunkConfig as TorchConfig
+
+HALF = ("bfloat16", "float16")
+FLOAT = (*HALF, "float32")
+
+
+def _bytes(p: Problem) -> int:
+    return {"float64": 8, "float32": 4}.get(p.dtype("qkv") or "", 2)
+
+
+def _tile(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _tokens(p: Problem) -> float:
+    """Tokens times value heads: T counts one row of a dense batch, the whole of a pack."""
+    return p.T * (p.BH / max(1, p.N) if p.packed else p.BH)
+
+
+def _longest(p: Problem) -> float:
+    """Tokens of the longest sequence, as far as a Key knows: packs are taken to be skewed by a factor of two."""
+    return min(p.T, 2 * p.mean_length) if p.packed else p.T
+
+
+# -- configs -----------------------------------------------------------------------------------------------------------------
+
+
+def _shared_bytes(p: Problem, BT: int, BE: int, stages: int) -> int:
+    """Shared memory of one sweep block: staged tiles of a, b, c, and the operand copies of the state and of a b^T."""
+    size, wide = _bytes(p), max(_tile(p.K), _tile(p.V))
+    return size * (stages * BT * (2 * wide + BE) + wide * BE + BT * BT + BT * BE) + 2048
+
+
+def _sweep_tiles(p: Problem) -> tuple[tuple[int, int, int, int], ...]:
+    """(BT, BE, warps, stages), best first, that fit the device's shared memory.
+
+    Half precision: 64-token chunks and output tiles of 64 columns on 4 warps leave room for two blocks per unit up to
+    D = 128; at D = 256 the state alone fills the registers of 4 warps, so 8. Tiles narrower than 64 columns never run on 4
+    warps: that combination of matrix instructions is known to fail on sm90. float32 has no matrix unit at full precision:
+    small tiles.
+    """
+    wide = max(_tile(p.K), _tile(p.V))
+    if p.dtype("qkv") == "float32":
+        found = ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))
+    elif min(_tile(p.K), _tile(p.V)) < 64:
+        found = ((64, 32, 2, 2), (32, 32, 2, 1), (32, 16, 2, 1))
+    elif wide <= 64:
+        found = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 2, 1))
+    elif wide <= 128:
+        found = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 2, 1))
+    else:
+        found = ((64, 64, 8, 1), (32, 64, 8, 1), (32, 32, 2, 1), (16, 16, 2, 1))
+    room = p.device.shared_bytes if p.device.is_gpu else 1 << 30
+    return tuple(t for t in found if _shared_bytes(p, t[0], t[1], t[3]) <= room) or found[-1:]
+
+
+def _least_shared(p: Problem) -> int:
+    """Shared memory of the smallest sweep config."""
+    return _shared_bytes(p, 16, 16, 1)
+
+
+def _sweep_configs(p: Problem) -> tuple[Any, ...]:
+    from .sweep_triton import SweepConfig
+
+    return tuple(SweepConfig(*tiles) for tiles in _sweep_tiles(p))
+
+
+def _segment(p: Problem) -> int:
+    """Tokens per segment: as long as leaves about four blocks per unit, between 256 and 2048."""
+    columns = -(-p.V // 64)
+    wanted = 4 * p.device.units
+    segment = 2048
+    while segment > 256 and _tokens(p) / segment * columns < wanted:
+        segment //= 2
+    return segment
+
+
+def _chunk_configs(p: Problem) -> tuple[Any, ...]:
+    from .chunk_triton import ChunkConfig
+
+    return tuple(ChunkConfig(_segment(p), *tiles) for tiles in _sweep_tiles(p))
+
+
+def _recurrent_configs(p: Problem) -> tuple[Any, ...]:
+    """Narrow tiles of the state per block: 32 columns keep 128 x 32 float32 in one to four warps."""
+    from .recurrent_triton import RecurrentConfig
+
+    wide = max(_tile(p.K), _tile(p.V))
+    return (RecurrentConfig(32 if wide <= 128 else 16, 1 if wide <= 32 else 4),)
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------------
+
+
+def _sweep_cost(p: Problem, config: Any, direction: Direction) -> float:
+    wide, size, tokens = max(_tile(p.K), _tile(p.V)), _bytes(p), _tokens(p)
+    sweeps = 3 if direction.backward else 1
+    return LAUNCH * sweeps ** (0.5 if direction.backward else 1) + kernel_seconds(
+        p.device,
+        bytes_moved=sweeps * tokens * size * 2 * (p.K + p.V),
+        matrix_flops=0.0 if size == 4 else sweeps * tokens * 4 * wide * (wide + config.BT),
+        vector_flops=sweeps * tokens * 4 * wide * (wide + config.BT) if size == 4 else 0.0,
+        blocks=sweeps * p.BH * -(-p.V // config.BE),
+        steps=_longest(p) / config.BT,
+        step_seconds=1.5e-6 * (wide / 128) ** 0.5 * (16 if size == 4 else 1),
+    )
+
+
+def _chunk_cost(p: Problem, config: Any, direction: Direction) -> float:
+    tokens, size = _tokens(p), _bytes(p)
+    wide = max(_tile(p.K), _tile(p.V))
+    units = max(1.0, tokens / config.SEG)
+    columns = -(-p.V // config.BE)
+    sweeps, passes = (3, 2) if direction.backward else (1, 1)
+    sweep = kernel_seconds(
+        p.device,
+        bytes_moved=tokens * size * (2 * sweeps + 1 * passes) * (p.K + p.V) + 12 * passes * units * p.K * p.V,
+        matrix_flops=0.0 if size == 4 else tokens * (4 * sweeps + 2 * passes) * wide * (wide + config.BT),
+        vector_flops=tokens * (4 * sweeps + 2 * passes) * wide * (wide + config.BT) if size == 4 else 0.0,
+        blocks=sweeps * units * columns,
+        steps=min(_longest(p), config.SEG) / config.BT,
+        step_seconds=(1.5 + 0.5 * passes) * 1e-6 * (wide / 128) ** 0.5 * (16 if size == 4 else 1),
+    )
+    scan = passes * (_longest(p) / config.SEG) * 1e-6
+    return LAUNCH * (1 + 2 * passes) + sweep + scan
+
+
+def _recurrent_cost(p: Problem, config: Any, direction: Direction) -> float:
+    tokens, size = _tokens(p), _bytes(p)
+    sweeps = 3 if direction.backward else 1
+    states = 4 * p.BH * p.K * p.V * (int(p.initial_state) + int(p.final_state))
+    return LAUNCH * sweeps ** (0.5 if direction.backward else 1) + kernel_seconds(
+        p.device,
+        bytes_moved=sweeps * tokens * size * 2 * (p.K + p.V) + states,
+        vector_flops=sweeps * tokens * 6 * p.K * p.V,
+        blocks=sweeps * p.BH * -(-p.V // config.BE),
+        steps=_longest(p),
+        step_seconds=0.7e-6,
+        blocks_per_unit=8,
+    )
+
+
+def _torch_cost(p: Problem, config: Any, direction: Direction) -> float:
+    tokens, sweeps = _tokens(p), 3 if direction.backward else 1
+    steps = p.T / config.C + (p.N if p.packed else 0)
+    return torch_seconds(
+        p.device,
+        flops=sweeps * tokens * 4 * (p.K * p.V + config.C * (p.K + p.V) / 2),
+        bytes_moved=sweeps * tokens * 4 * (6 * (p.K + p.V) + 6 * config.C),
+        operations=30 * sweeps + 8 * sweeps * steps,
+    )
+
+
+def _reference_cost(p: Problem, config: Any, direction: Direction) -> float:
+    steps = p.T * (4 if direction.backward else 1)
+    return torch_seconds(p.device, flops=steps * p.BH * 6 * p.K * p.V, bytes_moved=steps * p.BH * 24 * p.K * p.V, operations=12 * steps)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------------
+
+_TRITON = (
+    Gpu(nvidia_min=80),
+    Package("triton", (3, 5)),
+    DTypes("qkv", FLOAT),
+    DTypes("g", FLOAT),
+    DTypes("beta", FLOAT),
+    Dim("K", 1, 256),
+    Dim("V", 1, 256),
+    Flag("decay", ("none", "head", "token")),
+)
+
+VARIANTS = (
+    Variant(
+        "sweep_triton", f"{__package__}.sweep_triton", (*_TRITON, SharedMemory(_least_shared)), _sweep_cost, _sweep_configs,
+        "one launch forward, one backward; the state of a sequence stays in registers",
+    ),
+    Variant(
+        "chunk_triton", f"{__package__}.chunk_triton", (*_TRITON, SharedMemory(_least_shared)), _chunk_cost, _chunk_configs,
+        "sequences in parallel segments with their own states: few heads, long sequences",
+    ),
+    Variant(
+        "recurrent_triton", f"{__package__}.recurrent_triton", _TRITON, _recurrent_cost, _recurrent_configs,
+        "token by token in float32: decode and short lengths",
+    ),
+    Variant(
+        "chunk_torch", f"{__package__}.chunk_torch", (DTypes("qkv", (*FLOAT, "float64")),), _torch_cost,
+        lambda p: (TorchConfig(64 if p.device.is_gpu or p.T > 32 else 32),), "vectorised torch in float32: CPUs and unknown devices",
+    ),
+    Variant(
+        "reference", f"{__package__}.reference", (Lacks(("capture",)),), _reference_cost,
+        summary="the equations as a loop over tokens, up to float64: meaning and oracle",
+    ),
+)  # fmt: skip
+
+RECURRENCE = Recurrence(
+    name="scalar_decay",
+    tensors=recurrence.Tensors,
+    options=recurrence.Options,
+    outputs=recurrence.Outputs._fields,
+    saved=recurrence.Residuals,
+    gradients=recurrence.Gradients,
+    output_grads=recurrence.OutputGrads,
+    differentiable=recurrence.Gradients._fields,
+    empty_outputs=recurrence.empty_outputs,
+    residuals=recurrence.residuals,
+    check=recurrence.check,
+    facts=recurrence.facts,
+    problem=recurrence.problem,
+    flops=recurrence.flops,
+    variants=VARIANTS,
+)
