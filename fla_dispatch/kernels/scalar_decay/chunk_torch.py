@@ -15,13 +15,8 @@ import torch.nn.functional as F
 
 from .._shared.torch_math import expand_heads, outside_autocast, sum_groups
 from . import EPS, MIN_LOG_DECAY
+from .configs import TorchConfig
 from .recurrence import Gradients, Options, OutputGrads, Outputs, Residuals, Tensors, log_decay, sequences, state_dtype
-
-
-class ChunkConfig(NamedTuple):
-    """C: tokens per chunk."""
-
-    C: int = 64
 
 
 class Chunks(NamedTuple):
@@ -85,7 +80,9 @@ class Sweep(NamedTuple):
     row_sum: torch.Tensor
 
 
-def _carry(chunks: Chunks, start: torch.Tensor, decay: torch.Tensor, add: list[torch.Tensor], reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _carry(
+    chunks: Chunks, start: torch.Tensor, decay: torch.Tensor, add: list[torch.Tensor], reverse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(7): the state before each chunk, [B, NT, HV, ...], and the final state per sequence, [N, HV, ...].
 
     start: [N, HV, ...]; decay: [B, NT, HV] factor of each chunk; add: per chunk [B, HV, ...].
@@ -171,7 +168,7 @@ class _Call(NamedTuple):
     z0: torch.Tensor
 
 
-def _prepare(config: ChunkConfig, t: Tensors, o: Options) -> _Call:
+def _prepare(config: TorchConfig, t: Tensors, o: Options) -> _Call:
     acc, group = state_dtype(t), t.v.shape[2] // t.q.shape[2]
     HV, V = t.v.shape[2:]
     chunks = _chunks(t, config.C)
@@ -191,7 +188,7 @@ def _prepare(config: ChunkConfig, t: Tensors, o: Options) -> _Call:
 
 
 @outside_autocast
-def forward(config: ChunkConfig, t: Tensors, o: Options) -> Outputs:
+def forward(config: TorchConfig, t: Tensors, o: Options) -> Outputs:
     c = _prepare(config, t, o)
     s = sweep(c.chunks, c.q, c.k, c.v, c.G, c.h0, reverse=False, col=c.beta)
     out, empty = o.scale * s.out, c.v.new_empty(0)
@@ -215,7 +212,7 @@ def forward(config: ChunkConfig, t: Tensors, o: Options) -> Outputs:
 
 
 @outside_autocast
-def backward(config: ChunkConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
+def backward(config: TorchConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
     t = residuals.tensors
     c = _prepare(config, t, o)
     group = t.v.shape[2] // t.q.shape[2]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ...sequences import SEGMENTS, segment_offsets
+from .configs import SegmentConfig
 from .recurrence import Gradients, Options, OutputGrads, Outputs, Residuals, Tensors, empty_outputs
 from .sweep.backward import Buffers, run_backward
 from .sweep.forward import run_forward
@@ -19,16 +20,6 @@ from .sweep.gradients import arriving, leaving
 from .sweep.host import Call, prepare
 from .sweep.scan import run_scan
 from .sweep.segments import SegmentStates, run_segments
-
-
-class ChunkConfig(NamedTuple):
-    """SEG: tokens per segment, one of `sequences.SEGMENTS`; the rest as for `sweep_triton`."""
-
-    SEG: int
-    BT: int
-    BE: int
-    warps: int
-    stages: int
 
 
 class _Segments(NamedTuple):
@@ -45,6 +36,11 @@ def _segments(c: Call, t: Tensors, SEG: int) -> _Segments:
     return _Segments(c.T // SEG + c.N, 0, offsets)
 
 
+def _tiles(config: SegmentConfig) -> dict[str, int]:
+    """The launch arguments that every kernel takes."""
+    return {"SEG": config.SEG, "BT": config.BT, "BE": config.BE, "warps": config.warps, "stages": config.stages}
+
+
 def _compose(
     s: _Segments, local: SegmentStates, start: torch.Tensor | None, start_z: torch.Tensor | None,
     final: torch.Tensor | None, final_z: torch.Tensor | None, N: int, *, reverse: bool,
@@ -56,37 +52,35 @@ def _compose(
 
 
 def _forward_states(
-    config: ChunkConfig, c: Call, o: Options, s: _Segments, out: Outputs | None
+    config: SegmentConfig, c: Call, o: Options, s: _Segments, out: Outputs | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """States before each segment; the final ones go to `out`."""
-    rest = config._asdict()
+    rest = _tiles(config)
     local = run_segments(c, o, c.k, c.s_k, c.v, c.s_v, c.beta, None, reverse=False, units=s.units, offsets=s.offsets, **rest)
     wanted = out is not None and o.final_state
     state, z = (out.state, out.z if o.normalize else None) if wanted else (None, None)
     return _compose(s, local, c.h0, c.z0, state, z, c.N, reverse=False)
 
 
-def forward(config: ChunkConfig, t: Tensors, o: Options) -> Outputs:
+def forward(config: SegmentConfig, t: Tensors, o: Options) -> Outputs:
     out = Outputs(*empty_outputs(t, o))
     c = prepare(t, o)
     s = _segments(c, t, config.SEG)
     h0, z0 = _forward_states(config, c, o, s, out)
-    run_forward(c, o, out, units=s.units, offsets=s.offsets, h0=h0, z0=z0, **config._asdict())
+    run_forward(c, o, out, units=s.units, offsets=s.offsets, h0=h0, z0=z0, **_tiles(config))
     return out
 
 
-def backward(config: ChunkConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
+def backward(config: SegmentConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
     t = residuals.tensors
     c = prepare(t, o)
     s = _segments(c, t, config.SEG)
     a = arriving(c, residuals, grads, o)
     out = Buffers(c, o, config.BE, states=t.h0 is not None or t.z0 is not None, gates=t.g is not None or t.beta is not None)
     h0, z0 = _forward_states(config, c, o, s, None)
-    rest = config._asdict()
+    rest = _tiles(config)
     weight = a.w if o.normalize else None
     local = run_segments(c, o, c.q, c.s_q, a.do, a.s_do, weight, a.u, reverse=True, units=s.units, offsets=s.offsets, **rest)
     dS, dz = _compose(s, local, a.dS, a.dz, out.dh0, out.dz0, c.N, reverse=True)
-    run_backward(
-        c, o, a.do, a.s_do, a.w, a.u, dS, dz, out, units=s.units, offsets=s.offsets, h0=h0, z0=z0, **rest
-    )
+    run_backward(c, o, a.do, a.s_do, a.w, a.u, dS, dz, out, units=s.units, offsets=s.offsets, h0=h0, z0=z0, split=config.split, **rest)
     return leaving(c, residuals, a, out, wanted)

@@ -5,21 +5,13 @@ The sweep's kernels with the token body; exact float32 products, so it is also t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from . import sweep_triton
+from .configs import RecurrentConfig, SweepConfig
 from .recurrence import Gradients, Options, OutputGrads, Outputs, Residuals, Tensors
 
 
-class RecurrentConfig(NamedTuple):
-    """BE: width of an output tile; warps of a block."""
-
-    BE: int
-    warps: int
-
-
-def _sweep(config: RecurrentConfig) -> sweep_triton.SweepConfig:
-    return sweep_triton.SweepConfig(BT=0, BE=config.BE, warps=config.warps, stages=1)
+def _sweep(config: RecurrentConfig) -> SweepConfig:
+    return SweepConfig(BT=0, BE=config.BE, warps=config.warps, stages=1)
 
 
 def forward(config: RecurrentConfig, t: Tensors, o: Options) -> Outputs:

@@ -5,23 +5,12 @@ Nothing but q, k, v is read and nothing but o written; backward reads q, k, v, d
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from .configs import SweepConfig
 from .recurrence import Gradients, Options, OutputGrads, Outputs, Residuals, Tensors, empty_outputs
 from .sweep.backward import Buffers, run_backward
 from .sweep.forward import run_forward
 from .sweep.gradients import arriving, leaving
 from .sweep.host import prepare
-
-
-class SweepConfig(NamedTuple):
-    """BT: tokens per chunk; BE: width of an output tile; warps and pipeline stages of a block; split: backward as three launches."""
-
-    BT: int
-    BE: int
-    warps: int
-    stages: int
-    split: bool = False
 
 
 def forward(config: SweepConfig, t: Tensors, o: Options) -> Outputs:

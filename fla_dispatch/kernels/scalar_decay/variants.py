@@ -9,7 +9,7 @@ from ...registry import Direction, Recurrence, Variant
 from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package, SharedMemory
 from .._shared.cost import LAUNCH, kernel_seconds, torch_seconds
 from . import recurrence
-from .chunk_torch import ChunkConfig as TorchConfig
+from .configs import RecurrentConfig, SegmentConfig, SweepConfig, TorchConfig
 
 HALF = ("bfloat16", "float16")
 FLOAT = (*HALF, "float32")
@@ -55,9 +55,7 @@ def _sweep_tiles(p: Problem) -> tuple[tuple[int, int, int, int], ...]:
         found = ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))
     elif min(_tile(p.K), _tile(p.V)) < 64:
         found = ((64, 32, 2, 2), (32, 32, 2, 1), (32, 16, 2, 1))
-    elif wide <= 64:
-        found = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 2, 1))
-    elif wide <= 128:
+    elif wide <= 64 or wide <= 128:
         found = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 2, 1))
     else:
         found = ((64, 64, 8, 1), (32, 64, 8, 1), (32, 32, 2, 1), (16, 16, 2, 1))
@@ -70,9 +68,7 @@ def _least_shared(p: Problem) -> int:
     return _shared_bytes(p, 16, 16, 1)
 
 
-def _sweep_configs(p: Problem) -> tuple[Any, ...]:
-    from .sweep_triton import SweepConfig
-
+def _sweep_configs(p: Problem) -> tuple[SweepConfig, ...]:
     return tuple(SweepConfig(*tiles) for tiles in _sweep_tiles(p))
 
 
@@ -86,16 +82,12 @@ def _segment(p: Problem) -> int:
     return segment
 
 
-def _chunk_configs(p: Problem) -> tuple[Any, ...]:
-    from .chunk_triton import ChunkConfig
-
-    return tuple(ChunkConfig(_segment(p), *tiles) for tiles in _sweep_tiles(p))
+def _chunk_configs(p: Problem) -> tuple[SegmentConfig, ...]:
+    return tuple(SegmentConfig(_segment(p), *tiles) for tiles in _sweep_tiles(p))
 
 
-def _recurrent_configs(p: Problem) -> tuple[Any, ...]:
+def _recurrent_configs(p: Problem) -> tuple[RecurrentConfig, ...]:
     """Narrow tiles of the state per block: 32 columns keep 128 x 32 float32 in one to four warps."""
-    from .recurrent_triton import RecurrentConfig
-
     wide = max(_tile(p.K), _tile(p.V))
     return (RecurrentConfig(32 if wide <= 128 else 16, 1 if wide <= 32 else 4),)
 
@@ -207,7 +199,7 @@ RECURRENCE = Recurrence(
     name="scalar_decay",
     tensors=recurrence.Tensors,
     options=recurrence.Options,
-    outputs=recurrence.Outputs._fields,
+    outputs=recurrence.Outputs,
     saved=recurrence.Residuals,
     gradients=recurrence.Gradients,
     output_grads=recurrence.OutputGrads,

@@ -66,9 +66,7 @@ def gate_gradient(
             later += tl.sum(b_d, 0)
 
 
-def run_gate(
-    c: Call, out: Buffers, ending: torch.Tensor | None, dg: torch.Tensor | None, dbeta: torch.Tensor | None
-) -> None:
+def run_gate(c: Call, out: Buffers, ending: torch.Tensor | None, dg: torch.Tensor | None, dbeta: torch.Tensor | None) -> None:
     """Fill dg and dbeta from the row sums of a backward launch."""
     BH = 8
     launch(

@@ -1,0 +1,40 @@
+"""Configs of the variants: self-describing records without any kernel code, so that planning imports no compiler."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class SweepConfig(NamedTuple):
+    """BT: tokens per chunk (0: token by token); BE: width of an output tile; warps and pipeline stages of a block;
+    split: backward as three launches instead of one with three slices."""
+
+    BT: int
+    BE: int
+    warps: int
+    stages: int
+    split: bool = False
+
+
+class SegmentConfig(NamedTuple):
+    """SEG: tokens per segment, one of `sequences.SEGMENTS`; the rest as for SweepConfig."""
+
+    SEG: int
+    BT: int
+    BE: int
+    warps: int
+    stages: int
+    split: bool = False
+
+
+class RecurrentConfig(NamedTuple):
+    """BE: width of an output tile; warps of a block."""
+
+    BE: int
+    warps: int
+
+
+class TorchConfig(NamedTuple):
+    """C: tokens per chunk."""
+
+    C: int = 64
