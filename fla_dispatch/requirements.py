@@ -262,6 +262,14 @@ class _View:
             raise RegistrationError(f"a rule reads the field {name!r} that it does not declare (declared: {self._reads})")
         return getattr(self._problem, name)
 
+    def dtype(self, role: str) -> str | None:
+        """As Problem.dtype, for rules that declare `dtypes`."""
+        return dict(self.__getattr__("dtypes")).get(role)  # type: ignore[call-overload]
+
+    def flag(self, name: str) -> str | None:
+        """As Problem.flag, for rules that declare `flags`."""
+        return dict(self.__getattr__("flags")).get(name)  # type: ignore[call-overload]
+
 
 @dataclasses.dataclass(frozen=True)
 class SharedMemory(_Base):

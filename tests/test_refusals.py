@@ -215,6 +215,11 @@ def test_undeclared_field_in_a_rule() -> None:
     rule = Rule("sly", ("K",), lambda p: None if p.V else ("a", "b", "c"))
     with pytest.raises(RegistrationError, match=r"reads the field 'V' that it does not declare"):
         rule.refuse(BASE)
+    typed = Rule("typed", ("dtypes", "flags"), lambda p: (p.dtype("qkv"), "b", "c") if p.flag("decay") is None else None)
+    found = typed.refuse(BASE)
+    assert found is not None and found.have == "bfloat16"
+    with pytest.raises(RegistrationError, match="reads the field 'dtypes'"):
+        Rule("sly", ("K",), lambda p: (p.dtype("qkv"), "b", "c")).refuse(BASE)
 
 
 def documented() -> dict[str, tuple[str, str]]:
