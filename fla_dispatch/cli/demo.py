@@ -154,7 +154,7 @@ def run_op(name: str, base: dict[str, int], dtype: torch.dtype, device: torch.de
 
 def gradient_tokens(sizes: dict[str, int], dim: int) -> int:
     """Tokens over which the reference's backward keeps at most REFERENCE_BYTES of states: all, or a power of two."""
-    per_token = 4 * sizes["B"] * sizes.get("HV", sizes["H"]) * dim * dim
+    per_token = 4 * sizes["B"] * (sizes.get("HV") or sizes["H"]) * dim * dim
     fit = max(1, REFERENCE_BYTES // per_token)
     return sizes["T"] if sizes["T"] <= fit else 1 << (fit.bit_length() - 1)
 
