@@ -1,0 +1,135 @@
+"""What a user holds: `op(name, mode)` gives an OpHandle, `use(...)` scopes choices, `bind` fixes a plan for a hot loop."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import registry, settings
+from ..registry import Variant
+from .bridge import get_bridge
+from .function import run
+from .plan import check_choice
+
+if TYPE_CHECKING:
+    from .bound import BoundHandle
+    from .explain import Explanation
+
+_scope: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("fla_dispatch_use", default=None)
+
+#: The innermost scope again, for traced code: a trace guards a module attribute, and cannot read a ContextVar. It belongs
+#: to the process, so a compiled function sees the scope that was entered last in any thread.
+traced_scope: dict[str, str] = {}
+
+
+@contextlib.contextmanager
+def use(**choices: str) -> Iterator[None]:
+    """Choose modes, families or variants by op for a `with` block: `with use(retention="reference"): ...`.
+
+    Wins over estimates and measurements, never over requirements; a handle's own mode wins over it. "auto" takes an outer
+    choice back. Enter it outside of compiled functions; they are compiled anew per choice. Raises UnknownNameError.
+    """
+    global traced_scope
+    for name, choice in choices.items():
+        check_choice(registry.get_recurrence(registry.get_op(name).recurrence), choice, f"use({name}=...)")
+    before = traced_scope
+    merged = {**(_scope.get() or {}), **choices}
+    token = _scope.set(merged)
+    traced_scope = merged
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+        traced_scope = before
+
+
+class OpHandle:
+    """An op that can be called; made by `op(name, mode)`. A value: picklable, copyable, equal by name and mode."""
+
+    __slots__ = ("bridge", "contract", "mode", "name")
+
+    def __init__(self, name: str, mode: str) -> None:
+        found = registry.get_op(name)
+        self.name, self.mode = name, mode
+        self.contract = found.contract  #: documents the arguments, the equation and the result
+        self.bridge = get_bridge(found.recurrence)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the op; the arguments and the result are those of its contract (see `help(handle.contract)`).
+
+        Raises CallError (a ValueError) for a wrong call and RefusedError when the forced choice must refuse it.
+        """
+        _, tensors, options, prepare, finish = self.contract(*args, **kwargs)
+        if prepare is not None:
+            tensors = prepare(tensors)
+        outputs = run(self.bridge, tensors, options, self.choice()[0] if self.mode == "auto" else self.mode)
+        if finish is not None:
+            return finish(outputs)
+        return outputs[0], outputs[1] if options.final_state else None
+
+    def choice(self) -> tuple[str | None, str]:
+        """What is forced now, or None, and by what: the handle's mode, `use` or the setting."""
+        if self.mode != "auto":
+            return self.mode, "the handle's mode"
+        scope = traced_scope if torch.compiler.is_compiling() else _scope.get()
+        if scope:
+            found = scope.get(self.name)
+            if found is not None:
+                return None if found == "auto" else found, "use(...)"
+        if settings.current.use:
+            found = dict(settings.current.use).get(self.name)
+            if found is not None:
+                return None if found == "auto" else found, "the setting FLA_DISPATCH_USE"
+        return None, ""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.contract)
+
+    def variants(self) -> tuple[Variant, ...]:
+        """Every variant of the op's recurrence with its requirements, in declared order."""
+        return registry.get_recurrence(self.bridge.name).variants
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """Which variant these arguments would run, why, and why not the others; computes nothing."""
+        from .explain import explain_call
+
+        return explain_call(self, args, kwargs)
+
+    def bind(self, *args: Any, **kwargs: Any) -> BoundHandle:
+        """Fix plan and options from example arguments, for calls with tensors of the same shapes, dtypes and device."""
+        from .bound import BoundHandle
+
+        return BoundHandle(self, args, kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OpHandle) and (self.name, self.mode) == (other.name, other.mode)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.mode))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return op, (self.name, self.mode)
+
+    def __repr__(self) -> str:
+        return f"fla_dispatch.op({self.name!r}, mode={self.mode!r})"
+
+
+def op(name: str, mode: str = "auto") -> OpHandle:
+    """The handle of an op. mode: "auto", "reference", a family ("chunk": its cheapest variant) or a variant's name.
+
+    Raises UnknownNameError, a ValueError with the nearest names, for an unknown op or mode.
+    """
+    if mode != "auto":
+        check_choice(registry.get_recurrence(registry.get_op(name).recurrence), mode, f"op({name!r})")
+    return OpHandle(name, mode)
+
+
+def ops() -> list[str]:
+    """Names of all ops."""
+    return registry.op_names()
