@@ -10,7 +10,7 @@ import torch
 
 from ..errors import CallError
 from ..sequences import SeqInfo
-from .function import RecurrenceFunction, needs_grad
+from .function import needs_grad, run_recording
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class BoundHandle:
             tensors = prepare(tensors)
         bridge.check(tensors, self._options)
         self._grad = torch.is_grad_enabled() and needs_grad(bridge, tensors)
-        self.plan: Plan = bridge.plans.lookup(tensors, self._options, self._grad, handle.choice()[0])
+        self.plan: Plan = bridge.plans.lookup(tensors, self._options, self._grad, handle.choice())
         self._facts = bridge.plans.facts(tensors, self._options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +79,7 @@ class BoundHandle:
                     f"{self.handle.name}: bound call: expected tensors without gradient as in bind, got one that requires it. "
                     "To fix: bind with tensors that require gradients, or call under torch.no_grad()."
                 )
-            outputs = RecurrenceFunction.apply(bridge, plan, options, None, *tensors) + bridge.hidden
+            outputs = run_recording(bridge, plan, tensors, options, None)
         else:
             outputs = plan.forward(plan.forward_config, tensors, options)
         if finish is not None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .. import registry
-from .plan import Plans
+from .plan import Plans, asked
 
 NAMESPACE = "fla_dispatch"
 _SCALARS = {float: "float", int: "int", bool: "bool", str: "str"}
@@ -49,11 +49,6 @@ def _fresh(outputs: Sequence[torch.Tensor | None], inputs: Sequence[torch.Tensor
     return tuple(result)
 
 
-def asked(x: torch.Tensor | None) -> torch.Tensor | None:
-    """None for the empty(0) that stands for an output that was not asked for (real outputs have more dimensions)."""
-    return None if x is None or (x.dim() == 1 and x.shape[0] == 0) else x
-
-
 class Bridge:
     """One recurrence as the dispatcher sees it: its plans, the positions of its tensors, and its two library ops."""
 
@@ -66,7 +61,9 @@ class Bridge:
         self.positions = tuple(r.tensors._fields.index(x) for x in r.differentiable)
         self.n_tensors, self.n_options, self.n_saved = len(r.tensors._fields), len(r.options._fields), len(r.saved._fields) - 1
         self.n_carried = len(r.output_grads._fields)
-        self.hidden = (None,) * (len(r.outputs._fields) - self.n_carried)
+        self.n_outputs = len(r.outputs._fields)
+        self.none_kept: tuple[None, ...] = (None,) * self.n_saved
+        self.nothing: tuple[None, ...] = (None,) * self.n_outputs
         self._define(r)
 
     def _define(self, r: registry.Recurrence) -> None:

@@ -120,12 +120,12 @@ def _row(verdict: Verdict, decision: Decision) -> Row:
 
 def _explain(handle: OpHandle, problem: Problem) -> Explanation:
     recurrence = registry.get_recurrence(problem.recurrence)
-    choice, source = handle.choice()
+    choice = handle.choice()
     decision = decide(recurrence, problem, choice)
     seen = {v.variant.name: v for v in decision.considered}
     verdicts = [seen.get(v.name) or weigh(v, decision.key) for v in recurrence.variants]
     refused = decision.forward is None
-    reason = f"{decision.reason} by {source}" if choice is not None else decision.reason
+    reason = f"{decision.reason} by {handle.source()}" if choice is not None else decision.reason
     if refused:
         reason += "; every variant that this leaves is refused, so the call raises RefusedError"
     d = problem.device

@@ -7,62 +7,88 @@ differentiable code, because transforms must see its operations.
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from ..errors import DoubleBackwardError
 from .bridge import Bridge
 from .plan import Plan
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, types.NoneType))
-_FIRST = 4  # arguments of RecurrenceFunction before the tensors
+_modes_active = torch._C._len_torch_dispatch_stack
+_functorch_active = torch._C._are_functorch_transforms_active
 
 
 class RecurrenceFunction(torch.autograd.Function):
     """Any recurrence with its gradient: with a plan it runs the plan, without one the library ops.
 
-    The combined form (`forward(ctx, ...)`) is some 10 us cheaper per call than `setup_context`, which only torch.func needs.
+    Arguments are one tuple (bridge, plan or None, tensors, options, choice) and the tensors that are present, once more, for
+    autograd to see: each further argument would cost 0.2 us, absent ones too. The combined form (`forward(ctx, ...)`) is
+    some 10 us cheaper per call than `setup_context`, which only torch.func needs.
     """
 
     @staticmethod
-    def forward(ctx: Any, bridge: Bridge, plan: Plan | None, options: Any, choice: str | None, *tensors: Any) -> tuple[Any, ...]:
-        t = bridge.tensors(*tensors)
+    def forward(ctx: Any, call: tuple[Any, ...], *present: Tensor) -> Any:
+        bridge, plan, tensors, options, choice = call
         if plan is None:
             outputs = bridge.outputs(*bridge.forward_op(*tensors, *options, True, choice))
+            where = tuple([i for i, x in enumerate(tensors) if x is not None])
+            ctx.call = bridge, plan, where, options, choice
+            ctx.save_for_backward(*present, *bridge.residuals(tensors, outputs, options)[1:])
+            ctx.set_materialize_grads(False)
+            return tuple(outputs[: bridge.n_carried])
+        outputs = plan.forward(plan.forward_config, tensors, options)
+        ctx.call = bridge, plan, plan.present, options, choice
+        if plan.kept:
+            ctx.save_for_backward(*present, *[None if i is None else outputs[i] for i in plan.kept])
         else:
-            outputs = plan.forward(plan.forward_config, t, options)
-        saved = bridge.residuals(t, outputs, options)
-        ctx.save_for_backward(*saved[0], *saved[1:])
+            ctx.save_for_backward(*present)
+        if len(plan.returned) == 1:
+            return outputs[0]
         ctx.set_materialize_grads(False)
-        ctx.bridge, ctx.plan, ctx.options, ctx.choice = bridge, plan, options, choice
-        return tuple(outputs[: bridge.n_carried])
+        return tuple([outputs[i] for i in plan.returned])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        bridge, plan = ctx.bridge, ctx.plan
+        bridge, plan, where, options, choice = ctx.call
         saved, need = ctx.saved_tensors, ctx.needs_input_grad
-        wanted = tuple([need[_FIRST + i] for i in bridge.positions])
-        if torch.compiler.is_compiling():
-            found = bridge.backward_op(*saved, *grads, *ctx.options, wanted, ctx.choice)
+        tensors, wants = [None] * bridge.n_tensors, [False] * bridge.n_tensors
+        for j, i in enumerate(where):
+            tensors[i], wants[i] = saved[j], need[1 + j]
+        kept, wanted = saved[len(where) :] or bridge.none_kept, tuple([wants[i] for i in bridge.positions])
+        if plan is not None:
+            incoming = [None] * bridge.n_carried
+            for i, x in zip(plan.returned, grads, strict=True):
+                incoming[i] = x
+            grads = tuple(incoming)
+        if plan is None or torch.compiler.is_compiling() or _modes_active():
+            found = _backward_op(bridge, (*tensors, *kept, *grads, *options, wanted, choice))
         else:
-            if torch.is_grad_enabled():
-                raise DoubleBackwardError(
-                    f"{bridge.name}: backward was called with create_graph=True: expected a first derivative, got a request for a "
-                    "differentiable one. To fix: leave create_graph out, or differentiate mode='reference' through torch.func."
-                )
-            if plan is None or torch._C._len_torch_dispatch_stack():
-                bridge.count_flops()
-                found = bridge.backward_op(*saved, *grads, *ctx.options, wanted, ctx.choice)
-            else:
-                n = bridge.n_tensors
-                residuals = bridge.saved(bridge.tensors(*saved[:n]), *saved[n:])
-                found = plan.backward(plan.backward_config, residuals, bridge.output_grads(*grads), ctx.options, wanted)
-        result = [None] * (_FIRST + bridge.n_tensors)
+            _first_derivative(bridge)
+            residuals = bridge.saved(bridge.tensors(*tensors), *kept)
+            found = plan.backward(plan.backward_config, residuals, bridge.output_grads(*grads), options, wanted)
+        full = [None] * bridge.n_tensors
         for i, want, x in zip(bridge.positions, wanted, found, strict=True):
-            result[_FIRST + i] = x if want else None
-        return tuple(result)
+            full[i] = x if want else None
+        return None, *[full[i] for i in where]
+
+
+def _first_derivative(bridge: Bridge) -> None:
+    """Backward runs with gradients recorded exactly when a derivative of it is asked for."""
+    if torch.is_grad_enabled():
+        raise DoubleBackwardError(
+            f"{bridge.name}: backward was called with create_graph=True: expected a first derivative, got a request for a "
+            "differentiable one. To fix: leave create_graph out, or take second derivatives through torch.func."
+        )
+
+
+def _backward_op(bridge: Bridge, args: tuple[Any, ...]) -> Any:
+    if not torch.compiler.is_compiling():
+        _first_derivative(bridge)
+        bridge.count_flops()
+    return bridge.backward_op(*args)
 
 
 def needs_grad(bridge: Bridge, tensors: Any) -> bool:
@@ -74,29 +100,46 @@ def needs_grad(bridge: Bridge, tensors: Any) -> bool:
     return False
 
 
-def _through_ops(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> tuple[Any, ...]:
+def run_recording(bridge: Bridge, plan: Plan, tensors: Any, options: Any, choice: str | None) -> tuple[Any, ...]:
+    """All outputs with a gradient recorded; None for those that were not asked for or carry no gradient."""
+    found = RecurrenceFunction.apply((bridge, plan, tensors, options, choice), *[x for x in tensors if x is not None])
+    if len(plan.returned) == 1:
+        return found, *bridge.nothing[1:]
+    outputs = [*bridge.nothing]
+    for i, x in zip(plan.returned, found, strict=True):
+        outputs[i] = x
+    return tuple(outputs)
+
+
+def run_ops(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> tuple[Any, ...]:
+    """All outputs through the library ops; the only road of traced code."""
     if torch.is_grad_enabled() and needs_grad(bridge, tensors):
-        return RecurrenceFunction.apply(bridge, None, options, choice, *tensors) + bridge.hidden
+        present = [x for x in tensors if x is not None]
+        return RecurrenceFunction.apply((bridge, None, tensors, options, choice), *present) + bridge.nothing[bridge.n_carried :]
     return bridge.forward_op(*tensors, *options, False, choice)
 
 
 def run(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> tuple[Any, ...]:
-    """All outputs of a recurrence; None for those that carry no gradient when a gradient is recorded.
+    """All outputs of a recurrence outside of traces; None for those that carry no gradient when a gradient is recorded.
 
     Raises CallError for values that break the contract (packings), RefusedError where nothing may run the call.
     """
-    if torch.compiler.is_compiling():
-        return _through_ops(bridge, tensors, options, choice)
-    if torch._C._are_functorch_transforms_active():
+    if _functorch_active():
         bridge.check(tensors, options)
         plan = bridge.plans.lookup(tensors, options, None, choice)
         return plan.forward(plan.forward_config, tensors, options)
-    if torch._C._len_torch_dispatch_stack() or not _PLAIN.issuperset(map(type, tensors)) or tensors[0].is_meta:
+    grad, plain = False, not _modes_active()
+    for x in tensors:
+        if x is not None:
+            if x.requires_grad:
+                grad = True
+            if type(x) is not Tensor and type(x) is not Parameter:
+                plain = False
+    if not plain or tensors[0].is_meta:
         bridge.count_flops()
-        return _through_ops(bridge, tensors, options, choice)
+        return run_ops(bridge, tensors, options, choice)
     bridge.check(tensors, options)
-    if torch.is_grad_enabled() and needs_grad(bridge, tensors):
-        plan = bridge.plans.lookup(tensors, options, True, choice)
-        return RecurrenceFunction.apply(bridge, plan, options, choice, *tensors) + bridge.hidden
+    if grad and torch.is_grad_enabled() and needs_grad(bridge, tensors):
+        return run_recording(bridge, bridge.plans.lookup(tensors, options, True, choice), tensors, options, choice)
     plan = bridge.plans.lookup(tensors, options, False, choice)
     return plan.forward(plan.forward_config, tensors, options)

@@ -13,13 +13,14 @@ import torch
 from .. import registry, settings
 from ..registry import Variant
 from .bridge import get_bridge
-from .function import run
+from .function import run, run_ops
 from .plan import check_choice
 
 if TYPE_CHECKING:
     from .bound import BoundHandle
     from .explain import Explanation
 
+_is_compiling = torch.compiler.is_compiling
 _scope: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("fla_dispatch_use", default=None)
 
 #: The innermost scope again, for traced code: a trace guards a module attribute, and cannot read a ContextVar. It belongs
@@ -67,25 +68,31 @@ class OpHandle:
         _, tensors, options, prepare, finish = self.contract(*args, **kwargs)
         if prepare is not None:
             tensors = prepare(tensors)
-        outputs = run(self.bridge, tensors, options, self.choice()[0] if self.mode == "auto" else self.mode)
+        if _is_compiling():
+            outputs = run_ops(self.bridge, tensors, options, self.choice())
+        elif self.mode == "auto" and not settings.current.use and _scope.get() is None:
+            outputs = run(self.bridge, tensors, options, None)
+        else:
+            outputs = run(self.bridge, tensors, options, self.choice())
         if finish is not None:
             return finish(outputs)
         return outputs[0], outputs[1] if options.final_state else None
 
-    def choice(self) -> tuple[str | None, str]:
-        """What is forced now, or None, and by what: the handle's mode, `use` or the setting."""
+    def choice(self) -> str | None:
+        """What is forced now, or None: the handle's mode, then `use`, then the setting."""
         if self.mode != "auto":
-            return self.mode, "the handle's mode"
+            return self.mode
         scope = traced_scope if torch.compiler.is_compiling() else _scope.get()
-        if scope:
-            found = scope.get(self.name)
-            if found is not None:
-                return None if found == "auto" else found, "use(...)"
-        if settings.current.use:
+        found = scope.get(self.name) if scope else None
+        if found is None and settings.current.use:
             found = dict(settings.current.use).get(self.name)
-            if found is not None:
-                return None if found == "auto" else found, "the setting FLA_DISPATCH_USE"
-        return None, ""
+        return None if found == "auto" else found
+
+    def source(self) -> str:
+        """What forces the choice, for people."""
+        if self.mode != "auto":
+            return "the handle's mode"
+        return "use(...)" if self.name in (_scope.get() or {}) else "the setting FLA_DISPATCH_USE"
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -20,6 +20,8 @@ from ..problem import Problem
 from ..registry import BACKWARD, FORWARD, Direction, Recurrence, Variant
 from ..requirements import Refusal
 
+_deterministic = torch._C._get_deterministic_algorithms
+
 #: Raw facts kept per recurrence before the cache starts anew (packs of ever new shapes would grow it without end).
 MOST_PLANS = 16_384
 
@@ -55,13 +57,25 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """What the hot path runs: `forward(forward_config, tensors, options)` and the like."""
+    """What the hot path runs: `forward(forward_config, tensors, options)` and the like.
+
+    present: positions of the tensors that the call has; kept: positions of the outputs that backward needs;
+    returned: positions of the gradient-carrying outputs that were asked for.
+    """
 
     forward: Callable[..., tuple[torch.Tensor, ...]]
     forward_config: Any
     backward: Callable[..., tuple[torch.Tensor | None, ...]] | None
     backward_config: Any
     decision: Decision
+    present: tuple[int, ...] = ()
+    kept: tuple[int | None, ...] = ()
+    returned: tuple[int, ...] = ()
+
+
+def asked(x: torch.Tensor | None) -> torch.Tensor | None:
+    """None for the empty(0) that stands for an output that was not asked for (real outputs have more dimensions)."""
+    return None if x is None or (x.dim() == 1 and x.shape[0] == 0) else x
 
 
 def seconds_text(seconds: float) -> str:
@@ -192,10 +206,24 @@ def _plain(recurrence: Recurrence, problem: Problem, choice: str | None) -> Plan
     return _plan(dataclasses.replace(recurrence, variants=torch_only), problem, choice)
 
 
+def _for_call(recurrence: Recurrence, plan: Plan, tensors: Any, options: Any) -> Plan:
+    """The plan with the positions of the tensors and outputs that a call has, so that no call looks for them again."""
+    meta = recurrence.tensors(*[None if x is None else x.new_empty(x.shape, device="meta") for x in tensors])
+    outputs = recurrence.empty_outputs(meta, options)[: len(recurrence.output_grads._fields)]
+    kept = recurrence.residuals(tensors, recurrence.outputs(*range(len(recurrence.outputs._fields))), options)[1:]
+    return dataclasses.replace(
+        plan,
+        present=tuple(i for i, x in enumerate(tensors) if x is not None),
+        kept=() if all(i is None for i in kept) else tuple(kept),
+        returned=tuple(i for i, x in enumerate(outputs) if asked(x) is not None),
+    )
+
+
 class Plans:
     """The plans of one recurrence, by raw facts of a call; stale when settings or registrations change.
 
-    A hit takes no lock and builds no Problem: the facts determine the Key, so they determine the plan.
+    A hit takes no lock and builds no Problem: the facts determine the Key and which tensors and outputs a call has, and so
+    they determine the plan.
     """
 
     def __init__(self, name: str) -> None:
@@ -219,7 +247,7 @@ class Plans:
         if registry.epoch != self._registry_epoch or settings.epoch != self._settings_epoch:
             self._refresh()
         capture = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        facts = (self.facts(tensors, options), grad, choice, torch.are_deterministic_algorithms_enabled(), capture)
+        facts = (self.facts(tensors, options), grad, choice, _deterministic(), capture)
         found = self._by_facts.get(facts)
         return found if found is not None else self._resolve(facts, tensors, options)
 
@@ -235,5 +263,7 @@ class Plans:
                 self._by_key[key] = plan
             if len(self._by_facts) >= MOST_PLANS:
                 self._by_facts = {}
+            if grad:
+                plan = _for_call(self._recurrence, plan, tensors, options)
             self._by_facts[facts] = plan
         return plan
