@@ -54,7 +54,7 @@ def _chunks(t: Tensors, C: int) -> Chunks:
         return Chunks(C, NT, T, None, None, valid, None, None, None)
     cu = t.cu.long()
     N = cu.shape[0] - 1
-    NT = T // C + N  # a bound: sum over n of ceil(T_n / C)
+    NT = T // C + N if T else 0  # a bound: sum over n of ceil(T_n / C)
     offsets = F.pad(((cu.diff() + C - 1) // C).cumsum(0), (1, 0))
     chunk = torch.arange(NT, device=device)
     n = torch.searchsorted(offsets, chunk, right=True) - 1  # N for chunks past the last
