@@ -64,7 +64,7 @@ def _forward_states(
 
 def forward(config: SegmentConfig, t: Tensors, o: Options) -> Outputs:
     out = Outputs(*empty_outputs(t, o))
-    c = prepare(t, o)
+    c = prepare(t, o, config.BT)
     s = _segments(c, t, config.SEG)
     h0, z0 = _forward_states(config, c, o, s, out)
     run_forward(c, o, out, units=s.units, offsets=s.offsets, h0=h0, z0=z0, **_tiles(config))
@@ -73,7 +73,7 @@ def forward(config: SegmentConfig, t: Tensors, o: Options) -> Outputs:
 
 def backward(config: SegmentConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
     t = residuals.tensors
-    c = prepare(t, o)
+    c = prepare(t, o, config.BT)
     s = _segments(c, t, config.SEG)
     a = arriving(c, residuals, grads, o)
     out = Buffers(c, o, config.BE, states=t.h0 is not None or t.z0 is not None, gates=t.g is not None or t.beta is not None)

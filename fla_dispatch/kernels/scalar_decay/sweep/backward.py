@@ -68,7 +68,7 @@ def sweep(
         sweep_chunks(
             a, b, c, o, x, dot, g, w, u, s_in, s_out, z_in, z_out, None, None, length, scale, 0.0, s_a, s_b, s_c, s_o, s_x, HV,
             i_e, D=D, E=E, BD=BD, BE=BE, BT=BT, SR=SR, SC=SC, DECAY=DECAY, REVERSE=REVERSE, W=W, Z=Z, OUTPUT=True,
-            PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
+            PRECISION=PRECISION, STAGES=STAGES,
         )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def sweep_backward(
     k,  # [B, T, H, K], token stride s_k
     v,  # [B, T, HV, V], token stride s_v
     do,  # [B, T, HV, V], token stride s_do
-    g,  # [B, T, HV] or [HV] or None
+    g,  # [HV, B * T] cumulative (TOKENS: [B, T, HV]) or [HV] constants or None
     w,  # [B, T, HV]: beta, or r with NORMALIZE, or None
     u,  # [B, T, HV]: -(do . o) with NORMALIZE, or None
     h0,  # [units, HV, K, V] state before each unit, or None
@@ -137,7 +137,10 @@ def sweep_backward(
     p_k = k + begin * s_k + i_h * K
     p_v = v + begin * s_v + i_hv * V
     p_do = do + begin * s_do + i_hv * V
-    p_g = None if g is None else (g + p_token if DECAY == 2 else g + i_hv)
+    if DECAY == 2:
+        p_g = g + p_token if TOKENS else g + i_hv * tl.cast(total, tl.int64) + begin
+    else:
+        p_g = None if g is None else g + i_hv
     p_w = None if w is None else w + p_token
     p_u = None if u is None else u + p_token
     p_dS = None if dS is None else dS + o_state * V

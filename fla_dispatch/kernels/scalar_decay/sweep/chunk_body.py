@@ -12,6 +12,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def two_terms(
+    x,  # [R] float32
+    odd,  # [16] which term a column takes
+    dtype: tl.constexpr,
+):
+    """x [R] as 16 columns of a matrix operand, its leading half-precision term where `odd` is 0 and the rest where it is 1.
+
+    A vector that takes part in a product of rounded operands would lose what the accumulator knows; two terms keep it to
+    twice the operand's digits. Products over eight pairs of columns are eight times too large: callers scale by 1/8.
+    """
+    leading = x.to(dtype)
+    rest = (x - leading.to(tl.float32)).to(dtype)
+    return tl.where(odd[None, :] == 0, leading[:, None], rest[:, None])
+
+
+@triton.jit
 def sweep_chunks(
     a,  # [T, D] rows, at the unit's first token and its head; None with OUTPUT off
     b,  # [T, D]
@@ -19,7 +35,7 @@ def sweep_chunks(
     o,  # [T, E] or None
     x,  # [T, E] to take row sums o . x with, or None
     dot,  # [T] float32 row sums, stride HV
-    g,  # [T] log decays, stride HV (DECAY 2), or [1] (DECAY 1)
+    g,  # [T] cumulative log2 decays inside chunks (DECAY 2), or [1] log decay (DECAY 1)
     w,  # [T] float32 weights, stride HV, of rows (W 1) or columns (W 2)
     u,  # [T] float32, stride HV: the virtual ones column's partner (Z 2, 3, 4)
     s_in,  # [D, E] initial state, strides SR and SC, or None
@@ -52,7 +68,6 @@ def sweep_chunks(
     OUTPUT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
-    FLOOR: tl.constexpr,
 ):
     o_t = tl.arange(0, BT)
     o_d = tl.arange(0, BD)
@@ -65,14 +80,13 @@ def sweep_chunks(
         b_s = tl.load(s_in + p_s, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BD, BE], tl.float32)
-    if Z == 1 or Z == 4:
-        b_z = tl.zeros([BD], tl.float32)
+    if Z != 0:  # the extra row lives in 16 columns of an accumulator: see `two_terms`
+        o_c = tl.arange(0, 16)
+        o_z = o_d if Z == 1 or Z == 4 else o_e
+        m_z = m_d if Z == 1 or Z == 4 else m_e
+        b_z = tl.zeros([BD if Z == 1 or Z == 4 else BE, 16], tl.float32)
         if z_in is not None:
-            b_z = tl.load(z_in + o_d, mask=m_d, other=0.0).to(tl.float32)
-    elif Z != 0:
-        b_z = tl.zeros([BE], tl.float32)
-        if z_in is not None:
-            b_z = tl.load(z_in + o_e, mask=m_e, other=0.0).to(tl.float32)
+            b_z += tl.load(z_in + o_z, mask=m_z, other=0.0).to(tl.float32)[:, None] * 0.5
     if REVERSE:
         m_p = o_t[:, None] <= o_t[None, :]
     else:
@@ -97,10 +111,9 @@ def sweep_chunks(
             b_u = tl.load(u + (first + o_t) * HV, mask=m_t, other=0.0)
         # decays: to_row carries the incoming state to each row, to_end carries each column to the chunk's last boundary
         if DECAY == 2:
-            b_g = tl.load(g + (first + o_t) * HV, mask=m_t, other=0.0).to(tl.float32)
-            b_g = tl.where(b_g < FLOOR, FLOOR, b_g) * LOG2E
-            b_G = tl.cumsum(b_g, 0)
-            total = tl.sum(b_g, 0)
+            total = tl.load(g + first + tl.minimum(n, BT) - 1)
+            b_G = tl.load(g + first + o_t, mask=m_t, other=float("-inf"))
+            b_G = tl.where(m_t, b_G, total)  # unused rows decay no further
             if REVERSE:
                 to_row = tl.exp2(total - b_G)
                 to_end = tl.exp2(b_G)
@@ -138,15 +151,18 @@ def sweep_chunks(
             if DECAY != 0:
                 b_o *= to_row[:, None]
             b_o = tl.dot(b_p.to(b_c.dtype), b_c, b_o, input_precision=PRECISION)  # (4)
-            if Z == 2 or Z == 3:
+            if Z == 2 or Z == 3:  # rank one: lift (x) y, as a product of depth 16
                 lift = b_u if Z == 2 else tl.full([BT], 1.0, tl.float32)
                 if DECAY != 0:
                     lift *= to_row
-                b_o += lift[:, None] * b_z[None, :]
+                b_l = two_terms(lift * 0.25, (o_c // 2) % 2, b_c.dtype)
+                b_y = two_terms(tl.sum(b_z, 1) * 0.125, o_c % 2, b_c.dtype)
+                b_o = tl.dot(b_l, tl.trans(b_y), b_o, input_precision=PRECISION)
             if not REVERSE:
                 b_o *= scale
             if Z == 1:
-                b_n = tl.sum(b_a.to(tl.float32) * b_z[None, :], 1)
+                b_y = two_terms(tl.sum(b_z, 1) * 0.125, o_c % 2, b_a.dtype)
+                b_n = tl.sum(tl.dot(b_a, b_y, input_precision=PRECISION), 1) * 0.125
                 if DECAY != 0:
                     b_n *= to_row
                 b_r = 1.0 / (scale * (b_n + tl.sum(b_p, 1)) + eps)  # (3)
@@ -164,33 +180,32 @@ def sweep_chunks(
             p_o = o + first * s_o + o_t[:, None] * s_o + o_e[None, :]
             tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_t[:, None] & m_e[None, :])
         # (7)
-        weigh = tl.full([BT], 1.0, tl.float32)
         if DECAY != 0:
-            weigh *= to_end
             b_s *= tl.exp2(total)
-        if W == 2:
-            weigh *= b_w
-        if REVERSE:
-            weigh *= scale
-        b_cw = (b_c.to(tl.float32) * weigh[:, None]).to(b_c.dtype)
+        if W == 2 or DECAY != 0 or REVERSE or Z != 0:
+            weigh = tl.full([BT], 1.0, tl.float32)
+            if DECAY != 0:
+                weigh *= to_end
+            if W == 2:
+                weigh *= b_w
+            if REVERSE:
+                weigh *= scale
+        if W == 2 or DECAY != 0 or REVERSE:
+            b_cw = (b_c.to(tl.float32) * weigh[:, None]).to(b_c.dtype)
+        else:
+            b_cw = b_c
         b_s = tl.dot(tl.trans(b_b), b_cw, b_s, input_precision=PRECISION)
         if Z != 0:
             if DECAY != 0:
                 b_z *= tl.exp2(total)
             if Z >= 3:
                 weigh *= b_u
-            if Z == 1 or Z == 4:
-                b_z += tl.sum(b_b.to(tl.float32) * weigh[:, None], 0)
-            else:
-                b_z += tl.sum(b_c.to(tl.float32) * weigh[:, None], 0)
+            b_w2 = two_terms(weigh, o_c % 2, b_b.dtype)
+            b_z = tl.dot(tl.trans(b_b if Z == 1 or Z == 4 else b_c), b_w2, b_z, input_precision=PRECISION)
     if s_out is not None:
         tl.store(s_out + p_s, b_s, mask=m_s)
-    if z_out is not None:
-        if Z == 1 or Z == 4:
-            if i_e == 0:
-                tl.store(z_out + o_d, b_z, mask=m_d)
-        elif Z != 0:
-            tl.store(z_out + o_e, b_z, mask=m_e)
+    if z_out is not None and ((Z == 2 or Z == 3) or i_e == 0):
+        tl.store(z_out + o_z, tl.sum(b_z, 1) * 0.125, mask=m_z)
     if g_out is not None:
         if i_e == 0:
             tl.store(g_out, unit_decay)

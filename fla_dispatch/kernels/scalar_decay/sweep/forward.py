@@ -18,12 +18,12 @@ from .host import Call, constants, padded, tiles
 from .token_body import sweep_tokens
 
 
-@triton.jit(do_not_specialize=["T", "N", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "total", "scale"])
 def sweep_forward(
     q,  # [B, T, H, K], token stride s_q
     k,  # [B, T, H, K], token stride s_k
     v,  # [B, T, HV, V], token stride s_v
-    g,  # [B, T, HV] or [HV] or None
+    g,  # [HV, B * T] cumulative (TOKENS: [B, T, HV]) or [HV] constants or None
     beta,  # [B, T, HV] or None
     h0,  # [units, HV, K, V] or None
     z0,  # [units, HV, K] or None
@@ -35,6 +35,7 @@ def sweep_forward(
     weight,  # [B, T, HV] or None
     T,
     N,
+    total,
     scale,
     s_q,
     s_k,
@@ -65,7 +66,10 @@ def sweep_forward(
     begin, length = unit_span(cu, offsets, i_nh // HV, T, N, SEG, PACKED)
     o_state = tl.cast(i_nh, tl.int64) * K
     p_token = begin * HV + i_hv
-    p_g = None if g is None else (g + p_token if DECAY == 2 else g + i_hv)
+    if DECAY == 2:
+        p_g = g + p_token if TOKENS else g + i_hv * tl.cast(total, tl.int64) + begin
+    else:
+        p_g = None if g is None else g + i_hv
     p_w = None if beta is None else beta + p_token
     p_h0 = None if h0 is None else h0 + o_state * V
     p_state = None if state is None else state + o_state * V
@@ -84,7 +88,7 @@ def sweep_forward(
             q + begin * s_q + i_h * K, k + begin * s_k + i_h * K, v + begin * s_v + i_hv * V, o + p_token * V, None, None,
             p_g, p_w, None, p_h0, p_state, p_z0, p_z, p_r, None, length, scale, EPS, s_q, s_k, s_v, HV * V, 0, HV, i_v,
             D=K, E=V, BD=BK, BE=BV, BT=BT, SR=V, SC=1, DECAY=DECAY, REVERSE=False, W=0 if beta is None else 2,
-            Z=1 if NORMALIZE else 0, OUTPUT=True, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
+            Z=1 if NORMALIZE else 0, OUTPUT=True, PRECISION=PRECISION, STAGES=STAGES,
         )  # fmt: skip
 
 
@@ -113,7 +117,7 @@ def run_forward(
         (
             c.q, c.k, c.v, c.g, c.beta, c.h0 if whole else h0, c.z0 if whole else z0, c.cu, offsets, out.o,
             out.state if final else None, out.z if final and o.normalize else None, out.weight if o.normalize else None,
-            c.T, c.N, o.scale, c.s_q, c.s_k, c.s_v, c.H, c.HV,
+            c.T, c.N, c.B * c.T, o.scale, c.s_q, c.s_k, c.s_v, c.H, c.HV,
         ),
         {**constants(c, o), "BK": BK, "BV": BV, "BT": BT, "SEG": SEG, "TOKENS": BT == 0, "STAGES": stages},
         warps,

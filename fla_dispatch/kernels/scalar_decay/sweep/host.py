@@ -9,12 +9,13 @@ import torch
 from ..._shared.launch import tile, token_rows
 from .. import EPS, MIN_LOG_DECAY
 from ..recurrence import Options, Tensors, log_decay, sequences
+from .gates import run_gates
 
 DECAYS = {"none": 0, "token": 2}
 
 
 class Call(NamedTuple):
-    """The tensors of a call in kernel layout. Token strides s_*; gates [B, T, HV] contiguous."""
+    """The tensors of a call in kernel layout. Token strides s_*; g as the sweep bodies take it."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -36,8 +37,8 @@ class Call(NamedTuple):
     N: int
 
 
-def prepare(t: Tensors, o: Options) -> Call:
-    """Kernel layout of a call; copies only what is not laid out in token rows."""
+def prepare(t: Tensors, o: Options, BT: int) -> Call:
+    """Kernel layout of a call with chunks of BT tokens (0: token by token); copies only what is not laid out in token rows."""
     q, s_q = token_rows(t.q)
     k, s_k = token_rows(t.k)
     v, s_v = token_rows(t.v)
@@ -45,6 +46,7 @@ def prepare(t: Tensors, o: Options) -> Call:
     HV, V = v.shape[2:]
     if t.g is not None:
         g = t.g.contiguous()
+        g = run_gates(g, t.cu, sequences(t), BT) if BT else g
     else:
         g = None if o.decay == "none" else log_decay(o.decay, o.rate, HV, q.device)
     h0, z0, beta = (None if x is None else x.contiguous() for x in (t.h0, t.z0, t.beta))
@@ -59,7 +61,7 @@ def constants(c: Call, o: Options) -> dict[str, Any]:
         "DECAY": DECAYS.get(o.decay, 1),
         "NORMALIZE": o.normalize,
         "PACKED": c.cu is not None,
-        "PRECISION": "ieee" if c.q.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee",  # of float32 products; half-precision ones have no choice, and gfx950 refuses the name tf32
         "EPS": EPS,
         "FLOOR": MIN_LOG_DECAY,
     }

@@ -17,11 +17,11 @@ from .chunk_body import sweep_chunks
 from .host import Call, constants, padded, tiles
 
 
-@triton.jit(do_not_specialize=["T", "N", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "total", "scale"])
 def segment_states(
     b,  # [B, T, H, K], token stride s_b
     c,  # [B, T, HV, V], token stride s_c
-    g,  # [B, T, HV] or [HV] or None
+    g,  # [HV, B * T] cumulative or [HV] constants or None
     w,  # [B, T, HV] column weights or None
     u,  # [B, T, HV] or None
     cu,  # [N + 1] or None
@@ -31,6 +31,7 @@ def segment_states(
     decays,  # [units, HV] float32, log2, or None
     T,
     N,
+    total,
     scale,
     s_b,
     s_c,
@@ -60,13 +61,17 @@ def segment_states(
     begin, length = unit_span(cu, offsets, i_uh // HV, T, N, SEG, PACKED)
     o_state = tl.cast(i_uh, tl.int64) * K
     p_token = begin * HV + i_hv
+    if DECAY == 2:
+        p_g = g + i_hv * tl.cast(total, tl.int64) + begin
+    else:
+        p_g = None if g is None else g + i_hv
     sweep_chunks(
         None, b + begin * s_b + i_h * K, c + begin * s_c + i_hv * V, None, None, None,
-        None if g is None else (g + p_token if DECAY == 2 else g + i_hv), None if w is None else w + p_token,
+        p_g, None if w is None else w + p_token,
         None if u is None else u + p_token, None, states + o_state * V, None, None if z is None else z + o_state, None,
         None if decays is None else decays + i_uh, length, scale, EPS, 0, s_b, s_c, 0, 0, HV, i_v,
         D=K, E=V, BD=BK, BE=BV, BT=BT, SR=V, SC=1, DECAY=DECAY, REVERSE=REVERSE, W=0 if w is None else 2,
-        Z=(4 if REVERSE else 1) if NORMALIZE else 0, OUTPUT=False, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
+        Z=(4 if REVERSE else 1) if NORMALIZE else 0, OUTPUT=False, PRECISION=PRECISION, STAGES=STAGES,
     )  # fmt: skip
 
 
@@ -106,7 +111,7 @@ def run_segments(
         (units * c.HV * tiles(c.V, BE),),
         (
             b, x, c.g, w, u, c.cu, offsets, out.states, out.z, out.decays,
-            c.T, c.N, o.scale, s_b, s_x, c.H, c.HV,
+            c.T, c.N, c.B * c.T, o.scale, s_b, s_x, c.H, c.HV,
         ),
         {**constants(c, o), "BK": padded(c)[0], "BV": BE, "BT": BT, "SEG": SEG, "REVERSE": reverse, "STAGES": stages},
         warps,

@@ -1,0 +1,1 @@
+"""Benchmarks; each prints a table and writes JSON. See docs/measured.md for what their runs printed."""
