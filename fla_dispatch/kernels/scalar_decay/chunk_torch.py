@@ -187,6 +187,11 @@ def _prepare(config: TorchConfig, t: Tensors, o: Options) -> _Call:
     return _Call(chunks, q, k, v, G, None if t.beta is None else chunks.split(t.beta.to(acc)), h0, z0)
 
 
+def _own(state: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+    """A final state as a tensor of its own: without tokens it is the initial state itself."""
+    return state.clone() if state is given else state.contiguous()
+
+
 @outside_autocast
 def forward(config: TorchConfig, t: Tensors, o: Options) -> Outputs:
     c = _prepare(config, t, o)
@@ -205,8 +210,8 @@ def forward(config: TorchConfig, t: Tensors, o: Options) -> Outputs:
         weight = c.chunks.join(r)
     return Outputs(
         o=c.chunks.join(out).to(t.v.dtype).contiguous(),
-        state=s.state.contiguous() if o.final_state else empty,
-        z=z.contiguous() if o.final_state and o.normalize else empty,
+        state=_own(s.state, t.h0) if o.final_state else empty,
+        z=_own(z, t.z0) if o.final_state and o.normalize else empty,
         weight=weight,
     )
 

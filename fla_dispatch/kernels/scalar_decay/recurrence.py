@@ -153,7 +153,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def problem(t: Tensors, o: Options, grad: bool) -> Problem:
-    B, T, H, K = t.q.shape
+    T, H, K = t.q.shape[1:]
     HV, V = t.v.shape[2:]
     N = sequences(t)
     packed = t.cu is not None

@@ -5,6 +5,8 @@ Any dtype up to float64, any device, packing and states. forward is plain differ
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from .._shared.torch_math import expand_heads, outside_autocast, sum_groups
@@ -28,7 +30,7 @@ def _spans(t: Tensors) -> list[tuple[int, int]]:
     if t.cu is None:
         return [(0, t.q.shape[1])]
     ends = (t.cu if t.host is None else t.host).tolist()
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(ends))
 
 
 def _start(t: Tensors, n: int, *, z: bool) -> torch.Tensor:

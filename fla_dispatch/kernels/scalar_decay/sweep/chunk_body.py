@@ -12,22 +12,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def two_terms(
-    x,  # [R] float32
-    odd,  # [16] which term a column takes
-    dtype: tl.constexpr,
-):
-    """x [R] as 16 columns of a matrix operand, its leading half-precision term where `odd` is 0 and the rest where it is 1.
-
-    A vector that takes part in a product of rounded operands would lose what the accumulator knows; two terms keep it to
-    twice the operand's digits. Products over eight pairs of columns are eight times too large: callers scale by 1/8.
-    """
-    leading = x.to(dtype)
-    rest = (x - leading.to(tl.float32)).to(dtype)
-    return tl.where(odd[None, :] == 0, leading[:, None], rest[:, None])
-
-
-@triton.jit
 def sweep_chunks(
     a,  # [T, D] rows, at the unit's first token and its head; None with OUTPUT off
     b,  # [T, D]
@@ -80,13 +64,12 @@ def sweep_chunks(
         b_s = tl.load(s_in + p_s, mask=m_s, other=0.0).to(tl.float32)
     else:
         b_s = tl.zeros([BD, BE], tl.float32)
-    if Z != 0:  # the extra row lives in 16 columns of an accumulator: see `two_terms`
-        o_c = tl.arange(0, 16)
+    if Z != 0:  # reductions, not a 16-column product: narrow operands on 4 warps are miscompiled for sm90 (decision 0003)
         o_z = o_d if Z == 1 or Z == 4 else o_e
         m_z = m_d if Z == 1 or Z == 4 else m_e
-        b_z = tl.zeros([BD if Z == 1 or Z == 4 else BE, 16], tl.float32)
+        b_z = tl.zeros([BD if Z == 1 or Z == 4 else BE], tl.float32)
         if z_in is not None:
-            b_z += tl.load(z_in + o_z, mask=m_z, other=0.0).to(tl.float32)[:, None] * 0.5
+            b_z += tl.load(z_in + o_z, mask=m_z, other=0.0).to(tl.float32)
     if REVERSE:
         m_p = o_t[:, None] <= o_t[None, :]
     else:
@@ -151,18 +134,15 @@ def sweep_chunks(
             if DECAY != 0:
                 b_o *= to_row[:, None]
             b_o = tl.dot(b_p.to(b_c.dtype), b_c, b_o, input_precision=PRECISION)  # (4)
-            if Z == 2 or Z == 3:  # rank one: lift (x) y, as a product of depth 16
+            if Z == 2 or Z == 3:
                 lift = b_u if Z == 2 else tl.full([BT], 1.0, tl.float32)
                 if DECAY != 0:
                     lift *= to_row
-                b_l = two_terms(lift * 0.25, (o_c // 2) % 2, b_c.dtype)
-                b_y = two_terms(tl.sum(b_z, 1) * 0.125, o_c % 2, b_c.dtype)
-                b_o = tl.dot(b_l, tl.trans(b_y), b_o, input_precision=PRECISION)
+                b_o += lift[:, None] * b_z[None, :]
             if not REVERSE:
                 b_o *= scale
             if Z == 1:
-                b_y = two_terms(tl.sum(b_z, 1) * 0.125, o_c % 2, b_a.dtype)
-                b_n = tl.sum(tl.dot(b_a, b_y, input_precision=PRECISION), 1) * 0.125
+                b_n = tl.sum(b_a.to(tl.float32) * b_z[None, :], 1)
                 if DECAY != 0:
                     b_n *= to_row
                 b_r = 1.0 / (scale * (b_n + tl.sum(b_p, 1)) + eps)  # (3)
@@ -200,12 +180,15 @@ def sweep_chunks(
                 b_z *= tl.exp2(total)
             if Z >= 3:
                 weigh *= b_u
-            b_w2 = two_terms(weigh, o_c % 2, b_b.dtype)
-            b_z = tl.dot(tl.trans(b_b if Z == 1 or Z == 4 else b_c), b_w2, b_z, input_precision=PRECISION)
+            b_from = b_b if Z == 1 or Z == 4 else b_c
+            b_z += tl.sum(b_from.to(tl.float32) * weigh[:, None], 0)
     if s_out is not None:
         tl.store(s_out + p_s, b_s, mask=m_s)
-    if z_out is not None and ((Z == 2 or Z == 3) or i_e == 0):
-        tl.store(z_out + o_z, tl.sum(b_z, 1) * 0.125, mask=m_z)
+    if z_out is not None:
+        if Z == 2 or Z == 3:
+            tl.store(z_out + o_z, b_z, mask=m_z)
+        elif i_e == 0:
+            tl.store(z_out + o_z, b_z, mask=m_z)
     if g_out is not None:
         if i_e == 0:
             tl.store(g_out, unit_decay)
