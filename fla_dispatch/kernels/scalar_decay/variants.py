@@ -42,23 +42,26 @@ def _shared_bytes(p: Problem, BT: int, BE: int, stages: int) -> int:
     return size * (stages * BT * (2 * wide + BE) + wide * BE + BT * BT + BT * BE) + 2048
 
 
-def _sweep_tiles(p: Problem) -> tuple[tuple[int, int, int, int], ...]:
-    """(BT, BE, warps, stages), best first, that fit the device's shared memory.
+def _sweep_tiles(p: Problem) -> tuple[tuple[int, int, int, int, bool], ...]:
+    """(BT, BE, warps, stages, split), best first, that fit the device's shared memory.
 
-    Half precision: 64-token chunks and output tiles of 64 columns on 4 warps leave room for two blocks per unit up to
-    D = 128; at D = 256 the state alone fills the registers of 4 warps, so 8. Tiles narrower than 64 columns never run on 4
-    warps: that combination of matrix instructions is known to fail on sm90. float32 has no matrix unit at full precision:
-    small tiles.
+    Half precision: 64-token chunks and output tiles of 64 columns on 4 warps hold the state of D = 128 in registers; three
+    stages hide the latency of memory, two do not (docs/measured.md). At D = 256 the state alone fills the registers of 4
+    warps, so 8. Tiles narrower than 64 columns never run on 4 warps: decision 0003. Where three blocks fit one unit
+    (D <= 64), three launches beat one launch with three slices, which holds the shared memory of all three. float32 has no
+    matrix unit at full precision: small tiles.
     """
     wide = max(_tile(p.K), _tile(p.V))
+    found: tuple[tuple[int, int, int, int, bool], ...]
     if p.dtype("qkv") == "float32":
-        found = ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))
+        found = ((32, 32, 4, 1, True), (16, 32, 4, 1, True), (16, 16, 4, 1, True))
     elif min(_tile(p.K), _tile(p.V)) < 64:
-        found = ((64, 32, 2, 2), (32, 32, 2, 1), (32, 16, 2, 1))
-    elif wide <= 64 or wide <= 128:
-        found = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 2, 1))
+        found = ((64, 32, 2, 2, True), (32, 32, 2, 1, True), (32, 16, 2, 1, True), (16, 16, 2, 1, True))
+    elif wide <= 128:
+        split = wide <= 64
+        found = ((64, 64, 4, 3, split), (64, 64, 4, 2, True), (64, 64, 4, 1, True), (32, 64, 4, 1, True), (32, 32, 2, 1, True))
     else:
-        found = ((64, 64, 8, 1), (32, 64, 8, 1), (32, 32, 2, 1), (16, 16, 2, 1))
+        found = ((64, 64, 8, 1, True), (32, 64, 8, 1, True), (32, 32, 2, 1, True), (16, 16, 2, 1, True))
     room = p.device.shared_bytes if p.device.is_gpu else 1 << 30
     return tuple(t for t in found if _shared_bytes(p, t[0], t[1], t[3]) <= room) or found[-1:]
 
@@ -73,9 +76,9 @@ def _sweep_configs(p: Problem) -> tuple[SweepConfig, ...]:
 
 
 def _segment(p: Problem) -> int:
-    """Tokens per segment: as long as leaves about four blocks per unit, between 256 and 2048."""
+    """Tokens per segment: as long as leaves a block for every unit, between 256 and 2048; states cost less the longer."""
     columns = -(-p.V // 64)
-    wanted = 4 * p.device.units
+    wanted = p.device.units
     segment = 2048
     while segment > 256 and _tokens(p) / segment * columns < wanted:
         segment //= 2
@@ -95,17 +98,31 @@ def _recurrent_configs(p: Problem) -> tuple[RecurrentConfig, ...]:
 # -- costs -------------------------------------------------------------------------------------------------------------------
 
 
+def _step(p: Problem, BT: int) -> float:
+    """Seconds of one chunk of a sweep in one block, as measured on an H200 at D = 128 (docs/measured.md) and scaled."""
+    slower = {"token": 1.75}.get(p.flag("decay") or "", 1.0) * (2.4 if p.flag("normalize") == "true" else 1.0)
+    wide = max(_tile(p.K), _tile(p.V))
+    return 1.6e-6 * slower * (wide / 128) ** 0.5 * (BT / 64) ** 0.5 * (16 if _bytes(p) == 4 else 1)
+
+
+def _resident(p: Problem) -> int:
+    """Sweep blocks that share one unit."""
+    return 1 if max(_tile(p.K), _tile(p.V)) >= 128 else 3
+
+
 def _sweep_cost(p: Problem, config: Any, direction: Direction) -> float:
     wide, size, tokens = max(_tile(p.K), _tile(p.V)), _bytes(p), _tokens(p)
     sweeps = 3 if direction.backward else 1
-    return LAUNCH * sweeps ** (0.5 if direction.backward else 1) + kernel_seconds(
+    launches = (sweeps if config.split else 1) + (p.flag("decay") == "token") * (2 if direction.backward else 1)
+    return LAUNCH * launches + kernel_seconds(
         p.device,
         bytes_moved=sweeps * tokens * size * 2 * (p.K + p.V),
         matrix_flops=0.0 if size == 4 else sweeps * tokens * 4 * wide * (wide + config.BT),
         vector_flops=sweeps * tokens * 4 * wide * (wide + config.BT) if size == 4 else 0.0,
         blocks=sweeps * p.BH * -(-p.V // config.BE),
         steps=_longest(p) / config.BT,
-        step_seconds=1.5e-6 * (wide / 128) ** 0.5 * (16 if size == 4 else 1),
+        step_seconds=_step(p, config.BT),
+        blocks_per_unit=_resident(p),
     )
 
 
@@ -122,10 +139,12 @@ def _chunk_cost(p: Problem, config: Any, direction: Direction) -> float:
         vector_flops=tokens * (4 * sweeps + 2 * passes) * wide * (wide + config.BT) if size == 4 else 0.0,
         blocks=sweeps * units * columns,
         steps=min(_longest(p), config.SEG) / config.BT,
-        step_seconds=(1.5 + 0.5 * passes) * 1e-6 * (wide / 128) ** 0.5 * (16 if size == 4 else 1),
+        step_seconds=_step(p, config.BT) * (1 + 0.5 * passes),
+        blocks_per_unit=_resident(p),
     )
     scan = passes * (_longest(p) / config.SEG) * 1e-6
-    return LAUNCH * (1 + 2 * passes) + sweep + scan
+    launches = (sweeps if config.split else 1) + 2 * passes + (p.flag("decay") == "token")
+    return LAUNCH * launches + sweep + scan
 
 
 def _recurrent_cost(p: Problem, config: Any, direction: Direction) -> float:
