@@ -28,6 +28,11 @@ def _tokens(p: Problem) -> float:
     return p.T * (p.BH / max(1, p.N) if p.packed else p.BH)
 
 
+def _state_bytes(p: Problem) -> float:
+    """Bytes of the initial and the final state."""
+    return 4.0 * p.BH * p.K * p.V * (int(p.initial_state) + int(p.final_state))
+
+
 def _longest(p: Problem) -> float:
     """Tokens of the longest sequence, as far as a Key knows: packs are taken to be skewed by a factor of two."""
     return min(p.T, 2 * p.mean_length) if p.packed else p.T
@@ -86,7 +91,7 @@ def _segment(p: Problem) -> int:
 
 
 def _chunk_configs(p: Problem) -> tuple[SegmentConfig, ...]:
-    return tuple(SegmentConfig(_segment(p), *tiles) for tiles in _sweep_tiles(p))
+    return tuple(SegmentConfig(_segment(p), *tiles[:4], split=True) for tiles in _sweep_tiles(p))
 
 
 def _recurrent_configs(p: Problem) -> tuple[RecurrentConfig, ...]:
@@ -116,11 +121,11 @@ def _sweep_cost(p: Problem, config: Any, direction: Direction) -> float:
     launches = (sweeps if config.split else 1) + (p.flag("decay") == "token") * (2 if direction.backward else 1)
     return LAUNCH * launches + kernel_seconds(
         p.device,
-        bytes_moved=sweeps * tokens * size * 2 * (p.K + p.V),
+        bytes_moved=sweeps * tokens * size * 2 * (p.K + p.V) + _state_bytes(p),
         matrix_flops=0.0 if size == 4 else sweeps * tokens * 4 * wide * (wide + config.BT),
         vector_flops=sweeps * tokens * 4 * wide * (wide + config.BT) if size == 4 else 0.0,
         blocks=sweeps * p.BH * -(-p.V // config.BE),
-        steps=_longest(p) / config.BT,
+        steps=-(-_longest(p) // config.BT),
         step_seconds=_step(p, config.BT),
         blocks_per_unit=_resident(p),
     )
@@ -138,7 +143,7 @@ def _chunk_cost(p: Problem, config: Any, direction: Direction) -> float:
         matrix_flops=0.0 if size == 4 else tokens * (4 * sweeps + 2 * passes) * wide * (wide + config.BT),
         vector_flops=tokens * (4 * sweeps + 2 * passes) * wide * (wide + config.BT) if size == 4 else 0.0,
         blocks=sweeps * units * columns,
-        steps=min(_longest(p), config.SEG) / config.BT,
+        steps=-(-min(_longest(p), config.SEG) // config.BT),
         step_seconds=_step(p, config.BT) * (1 + 0.5 * passes),
         blocks_per_unit=_resident(p),
     )
@@ -150,10 +155,9 @@ def _chunk_cost(p: Problem, config: Any, direction: Direction) -> float:
 def _recurrent_cost(p: Problem, config: Any, direction: Direction) -> float:
     tokens, size = _tokens(p), _bytes(p)
     sweeps = 3 if direction.backward else 1
-    states = 4 * p.BH * p.K * p.V * (int(p.initial_state) + int(p.final_state))
     return LAUNCH * sweeps ** (0.5 if direction.backward else 1) + kernel_seconds(
         p.device,
-        bytes_moved=sweeps * tokens * size * 2 * (p.K + p.V) + states,
+        bytes_moved=sweeps * tokens * size * 2 * (p.K + p.V) + _state_bytes(p),
         vector_flops=sweeps * tokens * 6 * p.K * p.V,
         blocks=sweeps * p.BH * -(-p.V // config.BE),
         steps=_longest(p),
