@@ -23,6 +23,7 @@ KWARGS_ALLOWED = {
     "fla_dispatch/dispatch/handle.py:OpHandle.__call__": "passes a call through to the contract, which names every parameter",
     "fla_dispatch/dispatch/handle.py:OpHandle.explain": "the same call, explained",
     "fla_dispatch/dispatch/handle.py:OpHandle.bind": "the same call, bound",
+    "fla_dispatch/dispatch/bound.py:BoundHandle.__call__": "the bound call's tensors, by the contract's names",
     "fla_dispatch/dispatch/handle.py:use": "names of ops are the keywords",
     "fla_dispatch/dispatch/explain.py:explain": "names of sizes are the keywords; each op lists its own",
     "fla_dispatch/settings.py:override": "names of settings are the keywords; dataclasses.replace checks them",

@@ -28,9 +28,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
     if version:
-        from .. import __version__
+        from importlib.metadata import PackageNotFoundError
+        from importlib.metadata import version as installed
 
-        print(__version__)
+        try:
+            print(installed("fla-dispatch"))
+        except PackageNotFoundError:
+            print("not installed (run from its source)")
         raise typer.Exit
 
 

@@ -33,7 +33,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     from rich import box
     from rich.table import Table
 
-    made = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for row, style in zip(rows, styles or [None] * len(rows), strict=True):
         made.add_row(*row, style=style)
     return made
