@@ -1,8 +1,8 @@
 """The one autograd.Function, and the road that a call of a recurrence takes.
 
 Eager calls on plain tensors run the plan's functions directly. Traces, fake and meta tensors, dispatch modes and tensor
-subclasses go through the library ops of the bridge. Under a torch.func transform a torch variant runs as plain
-differentiable code, because transforms must see its operations.
+subclasses go through the library ops of the bridge. Under a torch.func transform or in forward-mode differentiation a torch
+variant runs as plain differentiable code, because these must see its operations.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..errors import DoubleBackwardError
@@ -124,7 +125,7 @@ def run(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> tuple
 
     Raises CallError for values that break the contract (packings), RefusedError where nothing may run the call.
     """
-    if _functorch_active():
+    if _functorch_active() or forward_ad._current_level >= 0:
         bridge.check(tensors, options)
         plan = bridge.plans.lookup(tensors, options, None, choice)
         return plan.forward(plan.forward_config, tensors, options)
