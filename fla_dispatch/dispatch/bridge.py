@@ -59,6 +59,7 @@ class Bridge:
         self.tensors, self.options, self.outputs, self.saved, self.output_grads = r.tensors, r.options, r.outputs, r.saved, r.output_grads
         self.residuals, self.check, self.empty_outputs, self.flops = r.residuals, r.check, r.empty_outputs, r.flops
         self.positions = tuple(r.tensors._fields.index(x) for x in r.differentiable)
+        self.others = tuple(i for i in range(len(r.tensors._fields)) if i not in self.positions)
         self.n_tensors, self.n_options, self.n_saved = len(r.tensors._fields), len(r.options._fields), len(r.saved._fields) - 1
         self.n_carried = len(r.output_grads._fields)
         self.n_outputs = len(r.outputs._fields)

@@ -25,9 +25,9 @@ _functorch_active = torch._C._are_functorch_transforms_active
 class RecurrenceFunction(torch.autograd.Function):
     """Any recurrence with its gradient: with a plan it runs the plan, without one the library ops.
 
-    Arguments are one tuple (bridge, plan or None, tensors, options, choice) and the tensors that are present, once more, for
-    autograd to see: each further argument would cost 0.2 us, absent ones too. The combined form (`forward(ctx, ...)`) is
-    some 10 us cheaper per call than `setup_context`, which only torch.func needs.
+    Arguments are one tuple (bridge, plan or None, tensors, options, choice) and, for autograd to see, once more the tensors
+    that are present and may get a gradient: each further argument would cost 0.2 us, absent ones too. The combined form
+    (`forward(ctx, ...)`) is some 10 us cheaper per call than `setup_context`, which only torch.func needs.
     """
 
     @staticmethod
@@ -35,17 +35,15 @@ class RecurrenceFunction(torch.autograd.Function):
         bridge, plan, tensors, options, choice = call
         if plan is None:
             outputs = bridge.outputs(*bridge.forward_op(*tensors, *options, True, choice))
-            where = tuple([i for i, x in enumerate(tensors) if x is not None])
+            where = tuple([i for i in bridge.positions if tensors[i] is not None])
             ctx.call = bridge, plan, where, options, choice
-            ctx.save_for_backward(*present, *bridge.residuals(tensors, outputs, options)[1:])
+            ctx.save_for_backward(*present, *[tensors[i] for i in bridge.others], *bridge.residuals(tensors, outputs, options)[1:])
             ctx.set_materialize_grads(False)
             return tuple(outputs[: bridge.n_carried])
         outputs = plan.forward(plan.forward_config, tensors, options)
         ctx.call = bridge, plan, plan.present, options, choice
-        if plan.kept:
-            ctx.save_for_backward(*present, *[None if i is None else outputs[i] for i in plan.kept])
-        else:
-            ctx.save_for_backward(*present)
+        kept = [None if i is None else outputs[i] for i in plan.kept]
+        ctx.save_for_backward(*present, *[tensors[i] for i in plan.others], *kept)
         if len(plan.returned) == 1:
             return outputs[0]
         ctx.set_materialize_grads(False)
@@ -58,7 +56,11 @@ class RecurrenceFunction(torch.autograd.Function):
         tensors, wants = [None] * bridge.n_tensors, [False] * bridge.n_tensors
         for j, i in enumerate(where):
             tensors[i], wants[i] = saved[j], need[1 + j]
-        kept, wanted = saved[len(where) :] or bridge.none_kept, tuple([wants[i] for i in bridge.positions])
+        kept, wanted = saved[len(where) :], tuple([wants[i] for i in bridge.positions])
+        others = bridge.others if plan is None else plan.others
+        for i, x in zip(others, kept, strict=False):
+            tensors[i] = x
+        kept = kept[len(others) :] or bridge.none_kept
         if plan is not None:
             incoming = [None] * bridge.n_carried
             for i, x in zip(plan.returned, grads, strict=True):
@@ -103,7 +105,7 @@ def needs_grad(bridge: Bridge, tensors: Any) -> bool:
 
 def run_recording(bridge: Bridge, plan: Plan, tensors: Any, options: Any, choice: str | None) -> tuple[Any, ...]:
     """All outputs with a gradient recorded; None for those that were not asked for or carry no gradient."""
-    found = RecurrenceFunction.apply((bridge, plan, tensors, options, choice), *[x for x in tensors if x is not None])
+    found = RecurrenceFunction.apply((bridge, plan, tensors, options, choice), *[tensors[i] for i in plan.present])
     if len(plan.returned) == 1:
         return found, *bridge.nothing[1:]
     outputs = [*bridge.nothing]
@@ -114,10 +116,14 @@ def run_recording(bridge: Bridge, plan: Plan, tensors: Any, options: Any, choice
 
 def run_ops(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> tuple[Any, ...]:
     """All outputs through the library ops; the only road of traced code."""
-    if torch.is_grad_enabled() and needs_grad(bridge, tensors):
-        present = [x for x in tensors if x is not None]
-        return RecurrenceFunction.apply((bridge, None, tensors, options, choice), *present) + bridge.nothing[bridge.n_carried :]
-    return bridge.forward_op(*tensors, *options, False, choice)
+    if not (torch.is_grad_enabled() and needs_grad(bridge, tensors)):
+        return bridge.forward_op(*tensors, *options, False, choice)
+    present: list[Tensor] = []
+    for i in bridge.positions:
+        x = tensors[i]
+        if x is not None:  # Dynamo refuses one tensor in two places, as in retention(x, x, v)
+            present.append(x.view_as(x) if any(x is y for y in present) else x)
+    return RecurrenceFunction.apply((bridge, None, tensors, options, choice), *present) + bridge.nothing[bridge.n_carried :]
 
 
 def run(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> tuple[Any, ...]:

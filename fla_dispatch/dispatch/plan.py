@@ -59,8 +59,8 @@ class Decision:
 class Plan:
     """What the hot path runs: `forward(forward_config, tensors, options)` and the like.
 
-    present: positions of the tensors that the call has; kept: positions of the outputs that backward needs;
-    returned: positions of the gradient-carrying outputs that were asked for.
+    present and others: positions of the tensors that the call has, those that may get a gradient and those that may not;
+    kept: positions of the outputs that backward needs; returned: of the gradient-carrying outputs that were asked for.
     """
 
     forward: Callable[..., tuple[torch.Tensor, ...]]
@@ -69,6 +69,7 @@ class Plan:
     backward_config: Any
     decision: Decision
     present: tuple[int, ...] = ()
+    others: tuple[int, ...] = ()
     kept: tuple[int | None, ...] = ()
     returned: tuple[int, ...] = ()
 
@@ -213,7 +214,8 @@ def _for_call(recurrence: Recurrence, plan: Plan, tensors: Any, options: Any) ->
     kept = recurrence.residuals(tensors, recurrence.outputs(*range(len(recurrence.outputs._fields))), options)[1:]
     return dataclasses.replace(
         plan,
-        present=tuple(i for i, x in enumerate(tensors) if x is not None),
+        present=tuple(recurrence.tensors._fields.index(name) for name in recurrence.differentiable if getattr(tensors, name) is not None),
+        others=tuple(i for i, x in enumerate(tensors) if x is not None and tensors._fields[i] not in recurrence.differentiable),
         kept=() if all(i is None for i in kept) else tuple(kept),
         returned=tuple(i for i, x in enumerate(outputs) if asked(x) is not None),
     )
