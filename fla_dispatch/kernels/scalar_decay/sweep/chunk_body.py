@@ -81,6 +81,9 @@ def sweep_chunks(
         o_f = (o_t + 1).to(tl.float32)
     unit_decay = 0.0
     NT = tl.cdiv(length, BT)
+    if DECAY == 2:  # a chunk's whole decay is loaded one chunk ahead: a scalar load would stall the loop
+        ahead_t = (NT - 1) * BT if REVERSE else NT * 0
+        ahead_total = tl.load(g + tl.minimum(ahead_t + BT, length) - 1, mask=length > 0, other=0.0)
     for i in tl.range(0, NT, num_stages=STAGES):
         i_t = (NT - 1 - i) if REVERSE else i
         n = length - i_t * BT
@@ -94,7 +97,10 @@ def sweep_chunks(
             b_u = tl.load(u + (first + o_t) * HV, mask=m_t, other=0.0)
         # decays: to_row carries the incoming state to each row, to_end carries each column to the chunk's last boundary
         if DECAY == 2:
-            total = tl.load(g + first + tl.minimum(n, BT) - 1)
+            total = ahead_total
+            ahead_t = (i_t - 1 if REVERSE else i_t + 1) * BT
+            inside = (ahead_t >= 0) & (ahead_t < length)
+            ahead_total = tl.load(g + tl.minimum(ahead_t + BT, length) - 1, mask=inside, other=0.0)
             b_G = tl.load(g + first + o_t, mask=m_t, other=float("-inf"))
             b_G = tl.where(m_t, b_G, total)  # unused rows decay no further
             if REVERSE:
