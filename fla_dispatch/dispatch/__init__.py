@@ -6,7 +6,7 @@ modules stay unimported until a plan needs them.
 
 from .bound import BoundHandle
 from .bridge import load_bridges
-from .explain import Explanation, explain
+from .explanation import Explanation, explain
 from .handle import OpHandle, op, ops, use
 
 load_bridges()

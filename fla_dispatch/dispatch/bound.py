@@ -47,7 +47,7 @@ class BoundHandle:
         sources = [None if x is None else next((i for i, y in enumerate(given) if y is x), -1) for x in tensors]
         as_they_are = prepare is None and _stateless(self._finish) and -1 not in sources and {*sources} - {None} == {*range(len(given))}
         self._sources = tuple(sources) if as_they_are else None
-        self._expected = tuple((x.shape, x.dtype, x.device, x.is_contiguous()) for x in given) if as_they_are else None
+        self._expected = tuple((x.shape, x.dtype, x.device, x.is_contiguous()) for x in given) if as_they_are else ()
         if prepare is not None:
             tensors = prepare(tensors)
         bridge.check(tensors, self._options)

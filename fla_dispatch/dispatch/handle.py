@@ -18,7 +18,7 @@ from .plan import check_choice
 
 if TYPE_CHECKING:
     from .bound import BoundHandle
-    from .explain import Explanation
+    from .explanation import Explanation
 
 _is_compiling = torch.compiler.is_compiling
 _scope: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("fla_dispatch_use", default=None)
@@ -104,7 +104,7 @@ class OpHandle:
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Which variant these arguments would run, why, and why not the others; computes nothing."""
-        from .explain import explain_call
+        from .explanation import explain_call
 
         return explain_call(self, args, kwargs)
 
