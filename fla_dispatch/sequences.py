@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -24,7 +25,7 @@ def check_lengths(where: str, host: torch.Tensor, total: int) -> None:
     fix = f"pass cumulative lengths [0, n1, n1 + n2, ..., {total}]"
     if not values or values[0] != 0:
         bad_call(where, "cu_seqlens", expected="a first entry of 0", got=f"{values[:4]}", fix=fix)
-    if any(later < earlier for earlier, later in zip(values, values[1:], strict=False)):
+    if any(later < earlier for earlier, later in itertools.pairwise(values)):
         bad_call(where, "cu_seqlens", expected="entries that never decrease", got=f"{values[:16]}", fix=fix)
     if values[-1] != total:
         bad_call(where, "cu_seqlens", expected=f"a last entry of T = {total}", got=str(values[-1]), fix=fix)

@@ -1,6 +1,6 @@
 """Cumulative log decays inside chunks, G_t - G_begin of equation (4) in base 2, once per call instead of once per block.
 
-Grid: (N, tiles of HV, SPLIT); program z of a sequence takes its chunks z, z + SPLIT, ... The result is laid out by head,
+Grid: (N, tiles of HV, splits); program z of a sequence takes every splits-th chunk from z on. The result is laid out by head,
 so that a sweep reads a chunk's gates as one contiguous vector.
 """
 
@@ -27,7 +27,6 @@ def accumulate_gates(
     HV,
     BT: tl.constexpr,
     BH: tl.constexpr,
-    SPLIT: tl.constexpr,
     FLOOR: tl.constexpr,
     PACKED: tl.constexpr,
 ):
@@ -36,7 +35,7 @@ def accumulate_gates(
     begin, length = unit_span(cu, None, tl.program_id(0), T, N, 0, PACKED)
     o_t = tl.arange(0, BT)
     plane = tl.cast(total, tl.int64)
-    for i_t in range(tl.program_id(2), tl.cdiv(length, BT), SPLIT):
+    for i_t in range(tl.program_id(2), tl.cdiv(length, BT), tl.num_programs(2)):
         t = i_t * BT + o_t
         m = (t < length)[:, None] & m_h[None, :]
         b_g = tl.load(g + (begin + t)[:, None] * HV + o_h[None, :], mask=m, other=0.0).to(tl.float32)
@@ -50,6 +49,6 @@ def run_gates(g: torch.Tensor, cu: torch.Tensor | None, N: int, BT: int) -> torc
     out = g.new_empty((HV, B * T), dtype=torch.float32)
     BH = 8 if HV >= 8 else 1
     split = max(1, min(64, -(-T // BT)))
-    constants = {"BT": BT, "BH": BH, "SPLIT": split, "FLOOR": MIN_LOG_DECAY, "PACKED": cu is not None}
+    constants = {"BT": BT, "BH": BH, "FLOOR": MIN_LOG_DECAY, "PACKED": cu is not None}
     launch(accumulate_gates, (N, -(-HV // BH), split), (g, out, cu, T, N, B * T, HV), constants, 4, 1)
     return out
