@@ -114,7 +114,9 @@ def main() -> None:
         list(pool.map(_warm, [j for j in jobs if "torch" not in j[2]]))
     ceiling = copy_bandwidth()
     print(machine(), f"copy {ceiling / 1e12:.2f} TB/s")
-    print(f"{'op':24}{'(B, T, H, D)':22}{'mode':18}{'forward':>9}{'graph':>8}{'%':>5}{'fwd+bwd':>10}{'graph':>8}{'%':>5}{'error':>9}  chosen")
+    print(
+        f"{'op':24}{'(B, T, H, D)':22}{'mode':18}{'forward':>9}{'graph':>8}{'%':>5}{'fwd+bwd':>10}{'graph':>8}{'%':>5}{'error':>9}  chosen"
+    )
     rows = []
     for label, shape, mode in jobs:
         row = measure(label, shape, mode, ceiling, given.rep)

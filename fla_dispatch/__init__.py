@@ -30,7 +30,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         import importlib.metadata
 
-        return importlib.metadata.version("fla-dispatch")
+        try:
+            return importlib.metadata.version("fla-dispatch")
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+            return "0+source"
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ from ..recurrence import Gradients, Options, OutputGrads, Residuals
 from .backward import Buffers
 from .gate import run_gate
 from .host import Call
+from .rowdot import run_rowdot
 
 
 class Arriving(NamedTuple):
@@ -34,7 +35,7 @@ def arriving(c: Call, residuals: Residuals, grads: OutputGrads, o: Options) -> A
     w, u, ending = c.beta, None, None
     if o.normalize:
         w = residuals.weight
-        u = -(do.float() * residuals.o.float()).sum(-1)
+        u = run_rowdot(do, s_do, residuals.o)
     if t.g is not None and dS is not None and residuals.state is not None:
         ending = (residuals.state * dS).sum((-1, -2))
     return Arriving(do, s_do, w, u, dS, dz, ending)

@@ -69,7 +69,7 @@ def run_scan(
     """States before each segment, like `local` [units, HV, ...]; writes the final states into `final` if given."""
     before = torch.empty_like(local)
     HV = local.shape[1]
-    size = local[0, 0].numel() if local.shape[0] else (1 if final is None else final[0, 0].numel())
+    size = local.shape[2:].numel()
     block = min(1024, triton.next_power_of_2(size))
     launch(
         compose_segments,
