@@ -25,12 +25,12 @@ KWARGS_ALLOWED = {
     "fla_dispatch/dispatch/handle.py:OpHandle.bind": "the same call, bound",
     "fla_dispatch/dispatch/bound.py:BoundHandle.__call__": "the bound call's tensors, by the contract's names",
     "fla_dispatch/dispatch/handle.py:use": "names of ops are the keywords",
-    "fla_dispatch/dispatch/explain.py:explain": "names of sizes are the keywords; each op lists its own",
+    "fla_dispatch/dispatch/explanation.py:explain": "names of sizes are the keywords; each op lists its own",
     "fla_dispatch/settings.py:override": "names of settings are the keywords; dataclasses.replace checks them",
 }
 
 #: Parameters of kernels that hold numbers, beside sizes (capitals), strides (s_), indices (i_) and constexprs.
-NUMBERS = {"scale", "eps", "length", "total", "per_row"}
+NUMBERS = {"scale", "eps", "length", "total", "rows", "per_row"}
 
 #: Arguments that change from call to call without any change of the compiled code being worth having (promise 4).
 UNSPECIALIZED = {"T", "N", "scale", "total"}
