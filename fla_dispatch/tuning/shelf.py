@@ -1,0 +1,152 @@
+"""Files of records: one directory of one store for one environment and recurrence, as texts that are parsed on demand.
+
+    <root>/<slug>/<toolchain>/<recurrence>/<hash>.json    one record, written whole or not at all
+    <root>/<slug>/<toolchain>/<recurrence>.jsonl          a pack: one record a line
+
+A file is found by the hash of its key, so that finding one of thousands opens one; a pack is read once, and its lines are told
+apart by how they begin. Nothing here needs pydantic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Name(NamedTuple):
+    """What a record is about; unique in one environment."""
+
+    recurrence: str
+    key: str
+    direction: str
+
+    @property
+    def filename(self) -> str:
+        return hashlib.sha256(f"{self.recurrence}\n{self.key}\n{self.direction}".encode()).hexdigest()[:24] + ".json"
+
+
+class Text(NamedTuple):
+    """A record as it was read, and where: `path` or `path:line`."""
+
+    source: str
+    content: str
+
+
+_PLAIN = r'"((?:[^"\\]|\\.)*)"'
+_BEGIN = re.compile(
+    rf'\s*\{{\s*"schema_version":\s*1,\s*"recurrence":\s*{_PLAIN},\s*"key":\s*{_PLAIN},\s*"direction":\s*"(forward|backward)"'
+)
+
+
+def name_of(content: str) -> Name | None:
+    """The name of a record from the beginning of its text; None if the text is no record of this version."""
+    found = _BEGIN.match(content)
+    if found and "\\" not in found[0]:
+        return Name(*found.groups())
+    try:  # another writer's order of fields
+        fields = json.loads(content)
+    except ValueError:
+        return None
+    if not isinstance(fields, dict) or fields.get("schema_version") != 1:
+        return None
+    values = [fields.get(field) for field in Name._fields]
+    return Name(*values) if all(isinstance(v, str) for v in values) else None
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """The file with this content, or an OSError and the file as it was: readers never see a part.
+
+    No fsync: records can be measured again, and a file that a power cut emptied reads as a miss.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:  # also KeyboardInterrupt: whatever ends the writing, the part goes away and the reason goes up
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Unreadable(NamedTuple):
+    """A file or line that is no record, and why."""
+
+    source: str
+    reason: str
+
+
+class Shelf:
+    """The records of one directory for one recurrence."""
+
+    def __init__(self, environment: Path, recurrence: str) -> None:
+        self.folder = environment / recurrence
+        self.pack = environment / f"{recurrence}.jsonl"
+        self.recurrence = recurrence
+        self._lines: dict[Name, Text] | None = None
+        self.unreadable: list[Unreadable] = []
+
+    def get(self, name: Name) -> Text | None:
+        """The text of a record, of its own file before the pack."""
+        return self._read(self.folder / name.filename) or self._packed().get(name)
+
+    def put(self, name: Name, content: str) -> Path:
+        """Write a record's own file; raises OSError when the directory does not take it."""
+        path = self.folder / name.filename
+        write_atomically(path, content)
+        return path
+
+    def entries(self) -> Iterator[tuple[Name, Text]]:
+        """Every record by name, those of own files first; what does not begin as a record goes to `unreadable`."""
+        seen = set()
+        for path in self.files():
+            text = self._read(path)
+            name = None if text is None else name_of(text.content)
+            if text is not None and name is not None and path.name == name.filename:
+                seen.add(name)
+                yield name, text
+            elif text is not None:
+                self._report(str(path), "not a record of this version" if name is None else f"a record of another key, {name.key}")
+        for name, text in self._packed().items():
+            if name not in seen:
+                yield name, text
+
+    def files(self) -> list[Path]:
+        """Files of single records."""
+        try:
+            return sorted(p for p in self.folder.iterdir() if p.suffix == ".json" and not p.name.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            self._report(str(self.folder), str(error))
+            return []
+
+    def _report(self, source: str, reason: str) -> None:
+        if all(u.source != source for u in self.unreadable):
+            self.unreadable.append(Unreadable(source, reason))
+
+    def _read(self, path: Path) -> Text | None:
+        try:
+            return Text(str(path), path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            self._report(str(path), str(error))
+            return None
+
+    def _packed(self) -> dict[Name, Text]:
+        if self._lines is None:
+            self._lines = {}
+            whole = self._read(self.pack)
+            for number, line in enumerate(whole.content.splitlines() if whole else (), 1):
+                name, source = name_of(line), f"{self.pack}:{number}"
+                if name is not None:
+                    self._lines.setdefault(name, Text(source, line))
+                elif line.strip():
+                    self._report(source, "not a record of this version")
+        return self._lines
