@@ -108,6 +108,44 @@ def _load_variant(variant: Variant) -> types.ModuleType | Refusal:
     return found
 
 
+class Trial(NamedTuple):
+    """One small call that a proof runs: exact sizes, and how often it is repeated (bitwise equal each time).
+
+    heads: value heads of each sequence; lengths: of a pack; regime: of the gates, in the room's own words.
+    """
+
+    name: str
+    problem: Problem
+    heads: int
+    lengths: tuple[int, ...] | None = None
+    regime: str = "mild"
+    repeats: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """How the tuner makes calls of a recurrence and judges them. A call is (tensors, options).
+
+    make(key, device, seed) -> a realistic call whose Problem has this Key (shapes alone on the meta device).
+    proof_key(key): the Key with everything set to one value that a proof does not depend on (lengths, counts), so that
+    equal proof keys share their proofs; trials(proof_key, config): the calls that prove a config, the cheap ones first;
+    make_trial(trial, device, seed) -> its call.
+    layout(key): (sequences, query heads, value heads) of `make`: what a compiler may specialise on beside the proof key.
+    oracle(trial) -> (variant, config) that computes it in float64.
+    tolerance(dtype, name): largest relative error of an output (`o`) or gradient (`dq`); scales(tensors, gradients): what
+    errors of gradients are relative to, where that is not their own norm.
+    """
+
+    make: Callable[[Problem, torch.device, int], tuple[Any, Any]]
+    proof_key: Callable[[Problem], Problem]
+    trials: Callable[[Problem, Any], tuple[Trial, ...]]
+    make_trial: Callable[[Trial, torch.device, int], tuple[Any, Any]]
+    layout: Callable[[Problem], tuple[int, int, int]]
+    oracle: Callable[[Trial], tuple[str, Any]]
+    tolerance: Callable[[torch.dtype, str], float]
+    scales: Callable[[Any, Any], dict[str, float]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Recurrence:
     """The mathematics that variants implement, and the shapes that a compiler must know without running one.
@@ -123,6 +161,7 @@ class Recurrence:
     check(tensors, options): host-side checks of values, run inside the op.
     problem(tensors, options, grad) -> Problem; facts(tensors, options) -> a cheap hashable that determines its Key.
     flops(tensors, options) -> multiply-adds times two of the forward's chunk form.
+    workload: what the tuner needs; a recurrence without one is never measured.
     """
 
     name: str
@@ -140,6 +179,7 @@ class Recurrence:
     problem: Callable[[Any, Any, bool], Problem]
     flops: Callable[[Any, Any], int]
     variants: tuple[Variant, ...]
+    workload: Workload | None = None
 
     def variant(self, name: str) -> Variant:
         for v in self.variants:

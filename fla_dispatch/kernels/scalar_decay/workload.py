@@ -1,0 +1,155 @@
+"""Calls of the recurrence for tuner and proofs: inputs of a Key, the trials that prove a config, and the oracle that judges them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...problem import Problem, count_bucket, length_bucket
+from ...registry import Trial, Workload
+from ...sequences import SeqInfo
+from .cases import Draw, gate_gradient_scale, make_gates, tolerance
+from .configs import TorchConfig
+from .recurrence import Gradients, Options, Tensors
+
+#: The oracle is the loop over tokens up to this length, above it the chunked form in float64 (equal to rounding).
+LOOP_UP_TO = 80
+
+
+def layout(p: Problem) -> tuple[int, int, int]:
+    """(N, H, HV) of a call with this Key: a power of two of query heads where the Key leaves the choice.
+
+    N falls below the Key's where no number of heads, or no mean length, fits it (each is rounded up for itself).
+    """
+    units = p.device.units
+    for N in range(p.N, p.N // 2, -1):
+        if count_bucket(N, units) != p.N or (p.packed and length_bucket(-(-_total(p, N) // N)) != p.mean_length):
+            continue
+        most = p.BH // N // p.group
+        heads = [1 << i for i in reversed(range(most.bit_length()))]
+        for H in (*heads, most):
+            if H and count_bucket(N * H * p.group, units) == p.BH:
+                return N, H, H * p.group
+    return max(1, p.N), 1, p.group
+
+
+def _total(p: Problem, N: int) -> int:
+    """Tokens of a pack of N: the Key's T, or as many as leave the mean length in its bucket."""
+    return min(p.T, N * p.mean_length)
+
+
+def _lengths(total: int, N: int) -> tuple[int, ...]:
+    """Lengths of a pack: between a tenth and 1.9 of their mean, the same for one (total, N)."""
+    share = 0.1 + 1.8 * torch.rand(N, generator=torch.Generator().manual_seed(N), dtype=torch.float64)
+    ends = [round(x) for x in (share.cumsum(0) / share.sum() * total).tolist()]
+    return tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))
+
+
+def _gates(draw: Draw, p: Problem, regime: str, *shape: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """g and beta, [B, T, HV]. With beta the distribution of Mamba-2's layer: d_t in (0.001, 0.1), g = -d_t A, A in (1, 16)."""
+    g_dtype, beta_dtype = p.dtype("g"), p.dtype("beta")
+    beta = torch.exp(draw.uniform(math.log(1e-3), math.log(0.1), *shape)) if beta_dtype else None
+    g = None
+    if g_dtype:
+        g = -beta * draw.uniform(1.0, 16.0, *shape[2:]) if beta is not None and regime == "mild" else make_gates(draw, regime, *shape)
+        g = g.to(getattr(torch, g_dtype))
+    return g, None if beta is None else beta.to(getattr(torch, str(beta_dtype)))
+
+
+def _make(
+    p: Problem, B: int, T: int, N: int, H: int, device: torch.device, seed: int, regime: str, lengths: tuple[int, ...] | None
+) -> tuple[Tensors, Options]:
+    draw, dtype = Draw(device, seed), getattr(torch, str(p.dtype("qkv")))
+    HV, normalize, decay = H * p.group, p.flag("normalize") == "true", str(p.flag("decay"))
+    q, k = draw.normal(B, T, H, p.K), draw.normal(B, T, H, p.K)
+    if normalize:
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+    k = F.normalize(k, dim=-1).to(dtype)
+    q, v = q.to(dtype), draw.normal(B, T, HV, p.V).to(dtype)
+    g, beta = _gates(draw, p, regime, B, T, HV)
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    h0 = (0.5 * draw.normal(N, HV, p.K, p.V)).to(state) if p.initial_state else None
+    z0 = (0.5 + draw.uniform(0, 1, N, HV, p.K)).to(state) if p.initial_state and normalize else None
+    pack = None if lengths is None else SeqInfo.from_lengths(list(lengths), device)
+    packing = (None, None, None) if pack is None else (pack.cu_seqlens, pack.host, pack.segments)
+    options = Options(p.K**-0.5, "retention" if decay == "head" else decay, 0.0, normalize, p.final_state)
+    return Tensors(q, k, v, g, beta, h0, z0, *packing), options
+
+
+def make(p: Problem, device: torch.device, seed: int = 0) -> tuple[Tensors, Options]:
+    """A realistic call whose Problem has this Key."""
+    N, H, _ = layout(p)
+    if not p.packed:
+        return _make(p, N, p.T, N, H, device, seed, "mild", None)
+    return _make(p, 1, _total(p, N), N, H, device, seed, "mild", _lengths(_total(p, N), N))
+
+
+def proof_key(p: Problem) -> Problem:
+    """Lengths and counts are arguments of every kernel, and no constants of one; a single query head is one to Triton."""
+    _, H, _ = layout(p)
+    return dataclasses.replace(
+        p, T=256, mean_length=256, N=1, BH=p.group * (1 if H == 1 else 2), grad=False, capture=False, deterministic=False,
+        interpret=False, forced=False,
+    )  # fmt: skip
+
+
+#: Lengths around the edges of chunks, none and one token among them.
+_PACK = (0, 1, 2, 63, 64, 65, 2)
+
+
+def trials(p: Problem, config: Any) -> tuple[Trial, ...]:
+    """One odd length over several chunks, one token, gates under stress, several segments, and more than one wave of blocks.
+
+    The wave has heads in multiples of 16 and the others have not, because Triton compiles the two differently; it is repeated.
+    """
+    few, many = (1, 1) if p.BH // p.group == 1 else (3, 16)
+    gated = p.flag("decay") == "token"
+    waves = 5 * p.device.units  # narrow blocks share a unit by up to eight, and have several tiles of V
+    segment = int(getattr(config, "SEG", 0))
+
+    def trial(name: str, N: int, T: int, heads: int, regime: str = "mild", repeats: int = 1, pack: tuple[int, ...] = ()) -> Trial:
+        if p.packed:
+            N, T = len(pack), sum(pack)
+        sizes = dataclasses.replace(p, N=N, BH=N * heads * p.group, T=T, mean_length=-(-T // N) if p.packed else T)
+        return Trial(name, sizes, heads * p.group, pack if p.packed else None, regime, repeats)
+
+    found = [trial("odd", 2, 197, few, pack=_PACK)]
+    if not p.packed:
+        found.append(trial("one", 3, 1, few))
+    if gated:
+        found += [trial(regime, 1, 131, few, regime, pack=(5, 0, 126)) for regime in ("strong", "reset")]
+    if segment:
+        long = 2 * segment + 70
+        found.append(trial("segments", 1, long, few, pack=(1, long, segment, 0, 3)))
+    N = max(2, -(-waves // (many * p.group)))
+    found.append(trial("wave", N, 67, many, repeats=3, pack=((67, 1, 64, 70) * N)[: N + 1]))
+    return tuple(found)
+
+
+def make_trial(trial: Trial, device: torch.device, seed: int = 1) -> tuple[Tensors, Options]:
+    p = trial.problem
+    B = 1 if p.packed else p.N
+    return _make(p, B, p.T, p.N, trial.heads // p.group, device, seed, trial.regime, trial.lengths)
+
+
+def oracle(trial: Trial) -> tuple[str, Any]:
+    if trial.problem.T <= LOOP_UP_TO and trial.problem.BH <= 64:
+        return "reference", None
+    return "chunk_torch", TorchConfig(64)
+
+
+def scales(t: Tensors, gradients: Gradients) -> dict[str, float]:
+    """dg sums terms q . dq that may cancel; its error is relative to them."""
+    if gradients.g is None or gradients.q is None:
+        return {}
+    return {"g": gate_gradient_scale(gradients.g, t.q, gradients.q)}
+
+
+WORKLOAD = Workload(
+    make=make, proof_key=proof_key, trials=trials, make_trial=make_trial, layout=layout, oracle=oracle, tolerance=tolerance,
+    scales=scales,
+)  # fmt: skip
