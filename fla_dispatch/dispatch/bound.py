@@ -35,11 +35,12 @@ class BoundHandle:
     where the op computes with them first (or unpacks a SeqInfo), its contract runs each time and only choosing is saved.
     """
 
-    __slots__ = ("_expected", "_facts", "_finish", "_grad", "_names", "_options", "_options_given", "_sources", "handle", "plan")
+    __slots__ = ("_device", "_expected", "_facts", "_finish", "_grad", "_names", "_options", "_options_given", "_sources", "handle", "plan")
 
     def __init__(self, handle: OpHandle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bridge = handle.bridge
         self.handle = handle
+        self._device = args[0].device
         self._names = tuple(name for name, x in kwargs.items() if _is_tensors(x))
         self._options_given = {name: x for name, x in kwargs.items() if name not in self._names}
         _, tensors, self._options, prepare, self._finish = handle.contract(*args, **kwargs)
@@ -47,7 +48,7 @@ class BoundHandle:
         sources = [None if x is None else next((i for i, y in enumerate(given) if y is x), -1) for x in tensors]
         as_they_are = prepare is None and _stateless(self._finish) and -1 not in sources and {*sources} - {None} == {*range(len(given))}
         self._sources = tuple(sources) if as_they_are else None
-        self._expected = tuple((x.shape, x.dtype, x.device, x.is_contiguous()) for x in given) if as_they_are else ()
+        self._expected = tuple((x.shape, x.dtype, x.get_device(), x.is_contiguous()) for x in given) if as_they_are else ()
         if prepare is not None:
             tensors = prepare(tensors)
         bridge.check(tensors, self._options)
@@ -64,16 +65,20 @@ class BoundHandle:
         given = (*args, *[kwargs.pop(name) for name in self._names]) if kwargs and kwargs.keys() == {*self._names} else args
         if kwargs or len(given) != len(self._expected):
             self._wrong_arguments()
-        for x, (shape, dtype, device, contiguous) in zip(given, self._expected, strict=True):
-            if x.shape != shape or x.dtype is not dtype or x.device != device or x.is_contiguous() is not contiguous:
-                self._wrong_tensor(x, shape, dtype, device, contiguous)
-        tensors = self.handle.bridge.tensors(*[None if i is None else given[i] for i in self._sources])
-        return self._run(tensors, self._finish)
+        grad = False
+        for x, (shape, dtype, device, contiguous) in zip(given, self._expected):  # noqa: B905  strict costs, lengths are equal
+            if x.shape != shape or x.dtype is not dtype or x.get_device() != device or x.is_contiguous() is not contiguous:
+                self._wrong_tensor(x, shape, dtype, contiguous)
+            if x.requires_grad:
+                grad = True
+        # tuple.__new__ makes the NamedTuple without a call of its Python __new__
+        tensors = tuple.__new__(self.handle.bridge.tensors, [None if i is None else given[i] for i in self._sources])
+        return self._run(tensors, self._finish, grad)
 
-    def _run(self, tensors: Any, finish: Callable[..., Any] | None) -> Any:
+    def _run(self, tensors: Any, finish: Callable[..., Any] | None, grad: bool) -> Any:
         bridge, plan, options = self.handle.bridge, self.plan, self._options
         bridge.check(tensors, options)
-        if torch.is_grad_enabled() and needs_grad(bridge, tensors):
+        if grad and torch.is_grad_enabled():
             if not self._grad:
                 raise CallError(
                     f"{self.handle.name}: bound call: expected tensors without gradient as in bind, got one that requires it. "
@@ -97,7 +102,7 @@ class BoundHandle:
                 f"{self.handle.name}: bound call: expected the sizes, dtypes and device class of bind, got others. "
                 "To fix: bind again for these tensors, or call the handle."
             )
-        return self._run(tensors, finish)
+        return self._run(tensors, finish, needs_grad(self.handle.bridge, tensors))
 
     def _wrong_arguments(self) -> None:
         raise CallError(
@@ -106,8 +111,8 @@ class BoundHandle:
             "To fix: pass the same tensor arguments as in bind; options are bound already."
         )
 
-    def _wrong_tensor(self, x: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device, contiguous: bool) -> None:
-        layout = "contiguous" if contiguous else "not contiguous"
+    def _wrong_tensor(self, x: torch.Tensor, shape: torch.Size, dtype: torch.dtype, contiguous: bool) -> None:
+        device, layout = self._device, "contiguous" if contiguous else "not contiguous"
         got = f"{list(x.shape)} {x.dtype} on {x.device}, {'contiguous' if x.is_contiguous() else 'not contiguous'}"
         raise CallError(
             f"{self.handle.name}: bound call: expected {list(shape)} {dtype} on {device}, {layout}, got {got}. "

@@ -65,6 +65,8 @@ class Bridge:
         self.n_outputs = len(r.outputs._fields)
         self.none_kept: tuple[None, ...] = (None,) * self.n_saved
         self.nothing: tuple[None, ...] = (None,) * self.n_outputs
+        self.rest = self.nothing[1:]
+        self.wanted_before: dict[tuple[Any, ...], tuple[tuple[bool, ...], tuple[int, ...]]] = {}
         self._define(r)
 
     def _define(self, r: registry.Recurrence) -> None:
@@ -86,6 +88,18 @@ class Bridge:
         packets = getattr(torch.ops, NAMESPACE)
         self._packets = tuple(getattr(packets, f"{self.name}_{suffix}") for suffix in ("forward", "backward"))
         self.forward_op, self.backward_op = (packet.default for packet in self._packets)
+
+    def wanted(self, where: tuple[int, ...], need: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[int, ...]]:
+        """Which gradients the autograd.Function wants, and for each tensor it was given the gradient's position, or -1.
+
+        where: positions of those tensors; need: needs_input_grad of the Function, whose first argument is no tensor.
+        """
+        asking = [i for i, wants in zip(where, need[1:], strict=True) if wants]
+        return tuple([i in asking for i in self.positions]), tuple([self.positions.index(i) if i in asking else -1 for i in where])
+
+    def remember_wanted(self, where: tuple[int, ...], need: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[int, ...]]:
+        self.wanted_before[where, need] = found = self.wanted(where, need)
+        return found
 
     def _split(self, args: tuple[Any, ...]) -> tuple[Any, Any]:
         """Tensors and options of the arguments of the forward op."""

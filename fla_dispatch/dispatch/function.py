@@ -42,8 +42,11 @@ class RecurrenceFunction(torch.autograd.Function):
             return tuple(outputs[: bridge.n_carried])
         outputs = plan.forward(plan.forward_config, tensors, options)
         ctx.call = bridge, plan, plan.present, options, choice
-        kept = [None if i is None else outputs[i] for i in plan.kept]
-        ctx.save_for_backward(*present, *[tensors[i] for i in plan.others], *kept)
+        if plan.others or plan.kept:
+            kept = [None if i is None else outputs[i] for i in plan.kept]
+            ctx.save_for_backward(*present, *[tensors[i] for i in plan.others], *kept)
+        else:
+            ctx.save_for_backward(*present)
         if len(plan.returned) == 1:
             return outputs[0]
         ctx.set_materialize_grads(False)
@@ -53,29 +56,26 @@ class RecurrenceFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         bridge, plan, where, options, choice = ctx.call
         saved, need = ctx.saved_tensors, ctx.needs_input_grad
-        tensors, wants = [None] * bridge.n_tensors, [False] * bridge.n_tensors
-        for j, i in enumerate(where):
-            tensors[i], wants[i] = saved[j], need[1 + j]
-        kept, wanted = saved[len(where) :], tuple([wants[i] for i in bridge.positions])
+        tensors = [None] * bridge.n_tensors
         others = bridge.others if plan is None else plan.others
-        for i, x in zip(others, kept, strict=False):
+        for i, x in zip(where + others, saved):  # noqa: B905  saved holds the kept outputs after these
             tensors[i] = x
-        kept = kept[len(others) :] or bridge.none_kept
-        if plan is not None:
-            incoming = [None] * bridge.n_carried
-            for i, x in zip(plan.returned, grads, strict=True):
-                incoming[i] = x
-            grads = tuple(incoming)
-        if plan is None or torch.compiler.is_compiling() or _modes_active():
+        kept = saved[len(where) + len(others) :] or bridge.none_kept
+        if plan is None or torch.compiler.is_compiling():
+            wanted, slots = bridge.wanted(where, need)
             found = _backward_op(bridge, (*tensors, *kept, *grads, *options, wanted, choice))
+            return None, *[None if slot < 0 else found[slot] for slot in slots]
+        _first_derivative(bridge)
+        wanted, slots = bridge.wanted_before.get((where, need)) or bridge.remember_wanted(where, need)
+        incoming = [None] * bridge.n_carried
+        for i, x in zip(plan.returned, grads):  # noqa: B905  one gradient for each output that was returned
+            incoming[i] = x
+        if _modes_active():
+            found = _backward_op(bridge, (*tensors, *kept, *incoming, *options, wanted, choice))
         else:
-            _first_derivative(bridge)
             residuals = bridge.saved(bridge.tensors(*tensors), *kept)
-            found = plan.backward(plan.backward_config, residuals, bridge.output_grads(*grads), options, wanted)
-        full = [None] * bridge.n_tensors
-        for i, want, x in zip(bridge.positions, wanted, found, strict=True):
-            full[i] = x if want else None
-        return None, *[full[i] for i in where]
+            found = plan.backward(plan.backward_config, residuals, bridge.output_grads(*incoming), options, wanted)
+        return None, *[None if slot < 0 else found[slot] for slot in slots]
 
 
 def _first_derivative(bridge: Bridge) -> None:
@@ -107,7 +107,7 @@ def run_recording(bridge: Bridge, plan: Plan, tensors: Any, options: Any, choice
     """All outputs with a gradient recorded; None for those that were not asked for or carry no gradient."""
     found = RecurrenceFunction.apply((bridge, plan, tensors, options, choice), *[tensors[i] for i in plan.present])
     if len(plan.returned) == 1:
-        return found, *bridge.nothing[1:]
+        return found, *bridge.rest
     outputs = [*bridge.nothing]
     for i, x in zip(plan.returned, found, strict=True):
         outputs[i] = x
@@ -146,7 +146,7 @@ def run(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> tuple
         bridge.count_flops()
         return run_ops(bridge, tensors, options, choice)
     bridge.check(tensors, options)
-    if grad and torch.is_grad_enabled() and needs_grad(bridge, tensors):
+    if grad and torch.is_grad_enabled():
         return run_recording(bridge, bridge.plans.lookup(tensors, options, True, choice), tensors, options, choice)
     plan = bridge.plans.lookup(tensors, options, False, choice)
     return plan.forward(plan.forward_config, tensors, options)
