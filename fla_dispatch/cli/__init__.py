@@ -1,4 +1,4 @@
-"""`fla-dispatch doctor | ops | explain | demo`: argument parsing alone, so that `--help` needs no torch.
+"""`fla-dispatch doctor | ops | explain | demo | cache`: argument parsing alone, so that `--help` needs no torch.
 
 Each command imports its module when it runs. Exit codes: 0 all is well, 1 something that was expected to work does not,
 2 the command line or the call it describes is wrong.
@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ..errors import FlaDispatchError, UnknownNameError
+from .cache import app as _cache
 
 # Commands are named apart from their modules (`_doctor`, `doctor`), because importing a module sets its name here.
 app = typer.Typer(
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Linear attention and state-space recurrences: which kernel runs, why, and whether it is right.",
 )
+
+app.add_typer(_cache, name="cache", short_help="The records of what was measured, proven and chosen.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 

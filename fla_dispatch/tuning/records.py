@@ -125,6 +125,10 @@ class Record(_Model):
         """Outcomes by (fingerprint, kernel hash): what need not be measured again."""
         return {(o.fingerprint, o.kernel_hash): o for o in self.outcomes}
 
+    def to_json(self) -> str:
+        """The record as one line of JSON, as files and packs hold it."""
+        return self.model_dump_json(exclude_none=True)
+
     def outcome(self, choice: Choice | None = None) -> Outcome | None:
         """The outcome behind a choice (the record's own by default): its timing and certificate."""
         chosen = choice or self.choice

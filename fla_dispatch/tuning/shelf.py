@@ -38,16 +38,14 @@ class Text(NamedTuple):
     content: str
 
 
-_PLAIN = r'"((?:[^"\\]|\\.)*)"'
-_BEGIN = re.compile(
-    rf'\s*\{{\s*"schema_version":\s*1,\s*"recurrence":\s*{_PLAIN},\s*"key":\s*{_PLAIN},\s*"direction":\s*"(forward|backward)"'
-)
+# our writer's form, with no white space and no escapes to undo: told apart at a tenth of the cost of parsing a record
+_BEGIN = re.compile(r'\{"schema_version":1,"recurrence":"([^"\\]*)","key":"([^"\\]*)","direction":"(forward|backward)"')
 
 
 def name_of(content: str) -> Name | None:
     """The name of a record from the beginning of its text; None if the text is no record of this version."""
     found = _BEGIN.match(content)
-    if found and "\\" not in found[0]:
+    if found:
         return Name(*found.groups())
     try:  # another writer's order of fields
         fields = json.loads(content)
@@ -55,8 +53,10 @@ def name_of(content: str) -> Name | None:
         return None
     if not isinstance(fields, dict) or fields.get("schema_version") != 1:
         return None
-    values = [fields.get(field) for field in Name._fields]
-    return Name(*values) if all(isinstance(v, str) for v in values) else None
+    recurrence, key, direction = (fields.get(field) for field in Name._fields)
+    if not (isinstance(recurrence, str) and isinstance(key, str) and isinstance(direction, str)):
+        return None
+    return Name(recurrence, key, direction)
 
 
 def write_atomically(path: Path, content: str) -> None:
@@ -143,7 +143,7 @@ class Shelf:
         if self._lines is None:
             self._lines = {}
             whole = self._read(self.pack)
-            for number, line in enumerate(whole.content.splitlines() if whole else (), 1):
+            for number, line in enumerate(whole.content.split("\n") if whole else (), 1):
                 name, source = name_of(line), f"{self.pack}:{number}"
                 if name is not None:
                     self._lines.setdefault(name, Text(source, line))

@@ -157,7 +157,7 @@ class Store:
             if self.user_dir is not None:
                 shelf = self._shelf(_Place("user", self.user_dir), env.directory, record.recurrence)
                 try:
-                    source, kept = str(shelf.put(name, record.model_dump_json())), True
+                    source, kept = str(shelf.put(name, record.to_json())), True
                 except OSError as error:
                     self._warn("write", f"records cannot be kept in {shelf.folder} ({error}); they last as long as this process")
             found = Found(record, "user", env, source)
