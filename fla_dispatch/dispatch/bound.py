@@ -40,7 +40,6 @@ class BoundHandle:
     def __init__(self, handle: OpHandle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bridge = handle.bridge
         self.handle = handle
-        self._device = args[0].device
         self._names = tuple(name for name, x in kwargs.items() if _is_tensors(x))
         self._options_given = {name: x for name, x in kwargs.items() if name not in self._names}
         _, tensors, self._options, prepare, self._finish = handle.contract(*args, **kwargs)
@@ -51,6 +50,7 @@ class BoundHandle:
         self._expected = tuple((x.shape, x.dtype, x.get_device(), x.is_contiguous()) for x in given) if as_they_are else ()
         if prepare is not None:
             tensors = prepare(tensors)
+        self._device = tensors[0].device
         bridge.check(tensors, self._options)
         self._grad = torch.is_grad_enabled() and needs_grad(bridge, tensors)
         self.plan: Plan = bridge.plans.lookup(tensors, self._options, self._grad, handle.choice())

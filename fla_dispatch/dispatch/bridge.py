@@ -11,6 +11,7 @@ calls do not come through here.
 from __future__ import annotations
 
 import sys
+import threading
 import types
 import typing
 from collections.abc import Sequence
@@ -164,13 +165,17 @@ class Bridge:
 
 
 _bridges: dict[str, Bridge] = {}
+_making = threading.Lock()
 
 
 def get_bridge(name: str) -> Bridge:
     """The bridge of a recurrence, made on first use (outside traces: making one registers library ops)."""
     found = _bridges.get(name)
     if found is None:
-        found = _bridges.setdefault(name, Bridge(name))
+        with _making:
+            if name not in _bridges:
+                _bridges[name] = Bridge(name)
+            found = _bridges[name]
     return found
 
 

@@ -136,15 +136,16 @@ def check(t: Tensors, o: Options) -> None:
 def facts(t: Tensors, o: Options) -> tuple[object, ...]:
     """Cheap facts that determine the Key: finer than it, never coarser (lengths by power of two, small counts exactly)."""
     q, _, v, g, beta, h0, _, cu, _, segments = t
+    _, decay, _, normalize, final_state = o
     B, T, H, K = q.shape
-    HV, V = v.shape[2:]
+    _, _, HV, V = v.shape
     n = T if T <= 1 else 1 << (T - 1).bit_length()
     count = B * HV if cu is None else (cu.shape[0] - 1) * HV
     return (
         q.dtype, q.device, K, V, HV, H, n, count if count < 1024 else 1 << (count - 1).bit_length(),
         None if g is None else g.dtype, None if beta is None else beta.dtype, h0 is None,
         None if cu is None else ((cu.shape[0] - 1), -(-T // max(1, cu.shape[0] - 1)), segments is None),
-        o.decay, o.normalize, o.final_state,
+        decay, normalize, final_state,
     )  # fmt: skip
 
 
