@@ -73,16 +73,16 @@ def _list(tier: Tier = None, recurrence: Recurrence = None, environment: Where =
         output.print_json({"records": rows, "unreadable": bad})
         return
     out = output.console()
-    for directory in dict.fromkeys(row["environment"] for row in rows):
-        own = [row for row in rows if row["environment"] == directory]
-        cells = [
-            [
-                r["key"], r["direction"], r["choice"] or "-", _microseconds(r["median_us"]), f"{r['failures']}/{r['outcomes']}", r["tier"],
-                r["created"][:10],
-            ]
-            for r in own
-        ]  # fmt: skip
-        out.print(output.table(directory, ["key", "direction", "choice", "median", "failed", "tier", "measured"], cells))
+    before = ("", "")
+    for r in rows:  # keys are long: a line for each, and one below it for each direction
+        if r["environment"] != before[0]:
+            out.print(r["environment"])
+        if (r["environment"], r["key"]) != before:
+            out.print("  " + r["key"], soft_wrap=True)
+        before = r["environment"], r["key"]
+        failed = f", {r['failures']} of {r['outcomes']} failed" if r["failures"] else ""
+        about = f"({r['tier']}, {r['created'][:10]}{failed})"
+        out.print(f"    {r['direction']:9}{_microseconds(r['median_us']):>8}  {r['choice'] or 'nothing passed'}  {about}", soft_wrap=True)
     for u in bad:
         out.print(f"passed over: {u['source']}: {u['reason']}")
     if not rows:
