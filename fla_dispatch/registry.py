@@ -134,6 +134,7 @@ class Workload:
     oracle(trial) -> (variant, config) that computes it in float64.
     tolerance(dtype, name): largest relative error of an output (`o`) or gradient (`dq`); scales(tensors, gradients): what
     errors of gradients are relative to, where that is not their own norm.
+    compiler: name of the module that compiles launches without running them (`kernels/_shared/precompile.py`).
     """
 
     make: Callable[[Problem, torch.device, int], tuple[Any, Any]]
@@ -144,6 +145,7 @@ class Workload:
     oracle: Callable[[Trial], tuple[str, Any]]
     tolerance: Callable[[torch.dtype, str], float]
     scales: Callable[[Any, Any], dict[str, float]]
+    compiler: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,232 @@
+"""Proof before speed: a candidate must agree with a float64 oracle, write all it should and nothing else, and repeat its bits.
+
+A proof runs a room's trials (registry.Workload): small calls with odd lengths, stress gates and more than one wave of blocks.
+Inputs and outputs stand between guard bands (guard.py). It holds for one variant, config, direction and proof key, and so for
+every Key that differs in lengths and counts alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ..problem import Problem
+from ..registry import Recurrence, Trial, Variant
+from ..requirements import Refusal
+from .guard import Guards, guarded
+from .records import Certificate, Status
+
+#: Bitwise-equal runs of a trial that asks for repeats at all, and of a trial whose result is wrong (to tell it from racy).
+REPEATS = 3
+
+
+class Verdict(NamedTuple):
+    """The outcome of a proof. The certificate of a failure holds the errors that were found up to it."""
+
+    status: Status
+    detail: str = ""
+    certificate: Certificate | None = None
+
+
+class ImportFailed(Exception):
+    """The variant's module does not import."""
+
+
+def module_of(variant: Variant) -> Any:
+    """The variant's module; raises ImportFailed with the refusal's text."""
+    module = variant.load()
+    if isinstance(module, Refusal):
+        raise ImportFailed(module.text())
+    return module
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that its errors show here."""
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).synchronize(device)
+
+
+def _wide(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x.double() if x is not None and x.is_floating_point() else x
+
+
+def _error(found: torch.Tensor, want: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """|found - want| / scale in the Frobenius norm, scale = |want| by default; NaN is infinite. A number on the device."""
+    difference = (found.double() - want).norm()
+    size = want.norm() if scale is None else torch.tensor(scale, dtype=torch.float64, device=want.device)
+    return torch.where(difference == 0, difference, difference / size.clamp(min=1e-30)).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8) if x.dim() else x
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A trial with its inputs, and what the oracle makes of them (float64; None or empty where absent)."""
+
+    trial: Trial
+    oracle: str
+    tensors: Any
+    options: Any
+    outputs: Any
+    grads: Any
+    residuals: Any
+    gradients: Any
+    wanted: tuple[bool, ...]
+    scales: dict[str, float]
+    dtypes: dict[str, torch.dtype]  # promised: of each output, or of each gradient
+
+
+class Prover:
+    """Proves candidates of one recurrence on one device; oracles are kept for the proof key in hand."""
+
+    def __init__(self, recurrence: Recurrence, device: torch.device) -> None:
+        if recurrence.workload is None:
+            raise ValueError(f"{recurrence.name} declares no workload, so nothing of it can be proven")
+        self.recurrence, self.device, self.workload = recurrence, device, recurrence.workload
+        self._key: Problem | None = None
+        self._cases: dict[tuple[Trial, bool], Case] = {}
+
+    def prove(self, variant: Variant, config: Any, proof_key: Problem, *, backward: bool) -> Verdict:
+        """The verdict on one direction. Whatever the candidate raises goes through."""
+        if proof_key != self._key:
+            self._key, self._cases = proof_key, {}
+        run = _backward if backward else _forward
+        module = module_of(variant)
+        errors: dict[str, float] = {}
+        bounds: dict[str, float] = {}
+        oracles: dict[str, None] = {}
+        tokens = repeats = 0
+        dtype = getattr(torch, dict(proof_key.dtypes)["qkv"])
+        failure: tuple[Status, str] | None = None
+        for trial in self.workload.trials(proof_key, config):
+            case = self._case(trial, backward)
+            oracles[case.oracle] = None
+            tokens = max(tokens, trial.problem.T)
+            times = max(REPEATS, trial.repeats) if trial.repeats > 1 else 1
+            found, failure = self._attempts(module, run, case, config, times)
+            if failure is None:
+                new = self._errors(found, case, backward)
+                bounds.update({name: self.workload.tolerance(dtype, name) for name in new})
+                errors.update({name: max(x, errors.get(name, 0.0)) for name, x in new.items()})
+                bad = [f"{name} {x:.2e} > {bounds[name]:.2e}" for name, x in new.items() if not x <= bounds[name]]
+                if bad:
+                    _, failure = self._attempts(module, run, case, config, REPEATS)
+                    failure = failure or ("wrong", f"trial {trial.name}: " + ", ".join(bad))
+            repeats = max(repeats, times)
+            if failure is not None:
+                break
+        certificate = Certificate(
+            oracle="+".join(oracles), dtype="float64", tokens=tokens, errors=errors, tolerances=bounds, repeats=repeats
+        )  # fmt: skip
+        return Verdict("ok", "", certificate) if failure is None else Verdict(*failure, certificate)
+
+    def _attempts(
+        self, module: Any, run: Callable[..., Any], case: Case, config: Any, times: int
+    ) -> tuple[list[tuple[str, torch.Tensor | None]], tuple[Status, str] | None]:
+        """Named results of the first of some runs, and what was wrong with any of them beside the values."""
+        first: list[tuple[str, torch.Tensor | None]] = []
+        for i in range(times):
+            guards = Guards()
+            tensors = type(case.tensors)(*[_placed(guards, x) for x in case.tensors])
+            with guarded(guards), torch.no_grad():
+                found = run(self.recurrence, module, config, case, tensors)
+            synchronize(self.device)
+            where = f"trial {case.trial.name}"
+            if guards.broken():
+                return found, ("wrong", f"{where}: {guards.broken()} guard bands were written to")
+            touched = [
+                name for name, x, y in zip(tensors._fields, tensors, case.tensors, strict=True)
+                if x is not None and not torch.equal(_bits(x), _bits(y))
+            ]  # fmt: skip
+            if touched:
+                return found, ("wrong", f"{where}: inputs {', '.join(touched)} were changed")
+            if i == 0:
+                first = found
+                continue
+            moved = [
+                name for (name, x), (_, y) in zip(first, found, strict=True)
+                if (x is None) != (y is None) or (x is not None and y is not None and not torch.equal(_bits(x), _bits(y)))
+            ]  # fmt: skip
+            if moved:
+                return found, ("racy", f"{where}: run {i + 1} gives other bits of {', '.join(moved)}")
+        return first, None
+
+    def _errors(self, found: list[tuple[str, torch.Tensor | None]], case: Case, backward: bool) -> dict[str, float]:
+        """Relative errors of one run; infinite for a result of the wrong shape or dtype, or a missing one."""
+        named = dict(found)
+        truth = case.gradients if backward else case.outputs
+        numbers: dict[str, torch.Tensor] = {}
+        for field, want in zip(truth._fields, truth, strict=True):
+            if want is None or (want.dim() == 1 and want.numel() == 0):
+                continue
+            name = f"d{field}" if backward else field
+            x = named.get(name)
+            if x is None or x.shape != want.shape or x.dtype != case.dtypes[field]:
+                numbers[name] = torch.tensor(math.inf, dtype=torch.float64, device=self.device)
+            else:
+                numbers[name] = _error(x, want, case.scales.get(field) if backward else None)
+        values = torch.stack(list(numbers.values())).tolist() if numbers else []
+        return dict(zip(numbers, values, strict=True))
+
+    def _case(self, trial: Trial, backward: bool) -> Case:
+        """The trial with its oracle, made once per proof key and direction."""
+        found = self._cases.get((trial, backward))
+        if found is None:
+            found = self._cases[trial, backward] = self._make_case(trial, backward)
+        return found
+
+    def _make_case(self, trial: Trial, backward: bool) -> Case:
+        r = self.recurrence
+        tensors, options = self.workload.make_trial(trial, self.device, 1)
+        name, config = self.workload.oracle(trial)
+        oracle = module_of(r.variant(name))
+        wide = r.tensors(*map(_wide, tensors))
+        with torch.no_grad():
+            outputs = r.outputs(*oracle.forward(config, wide, options))
+        wanted = tuple(getattr(tensors, field) is not None for field in r.differentiable)
+        empty = r.empty_outputs(r.tensors(*[None if x is None else x.to("meta") for x in tensors]), options)
+        dtypes = {field: x.dtype for field, x in zip(r.outputs._fields, empty, strict=True)}
+        if not backward:
+            return Case(trial, name, tensors, options, outputs, None, None, None, wanted, {}, dtypes)
+        rounded = r.outputs(*[x.to(dtype) for x, dtype in zip(outputs, dtypes.values(), strict=True)])
+        draw = torch.Generator(self.device).manual_seed(2)
+        grads = r.output_grads(
+            *[
+                None if x.dim() == 1 and x.numel() == 0 else torch.randn(x.shape, generator=draw, device=self.device).to(x.dtype)
+                for x in rounded[: len(r.output_grads._fields)]
+            ]
+        )
+        with torch.no_grad():
+            residuals = r.residuals(wide, r.outputs(*[x.double() for x in rounded]), options)
+            gradients = r.gradients(*oracle.backward(config, residuals, r.output_grads(*map(_wide, grads)), options, wanted))
+        given = r.residuals(tensors, rounded, options)
+        scales = self.workload.scales(tensors, gradients)
+        dtypes = {field: getattr(tensors, field).dtype for field, want in zip(r.differentiable, wanted, strict=True) if want}
+        return Case(trial, name, tensors, options, outputs, grads, given, gradients, wanted, scales, dtypes)
+
+
+def _placed(guards: Guards, x: torch.Tensor | None) -> torch.Tensor | None:
+    """An input between guard bands; tables of lengths and host tensors as they are."""
+    return guards.place(x) if x is not None and x.is_floating_point() else x
+
+
+def _forward(r: Recurrence, module: Any, config: Any, case: Case, tensors: Any) -> list[tuple[str, torch.Tensor | None]]:
+    return list(zip(r.outputs._fields, module.forward(config, tensors, case.options), strict=True))
+
+
+def _backward(r: Recurrence, module: Any, config: Any, case: Case, tensors: Any) -> list[tuple[str, torch.Tensor | None]]:
+    residuals = r.saved(tensors, *case.residuals[1:])
+    found = module.backward(config, residuals, case.grads, case.options, case.wanted)
+    return [(f"d{name}", x) for name, x in zip(r.gradients._fields, found, strict=True)]
+
+
+def prove(recurrence: Recurrence, variant: Variant, config: Any, key: Problem, device: torch.device, *, backward: bool = False) -> Verdict:
+    """One candidate against one Key, in this process: what the worker does, for tests and curious people."""
+    prover = Prover(recurrence, device)
+    return prover.prove(variant, config, prover.workload.proof_key(key.key()), backward=backward)
