@@ -29,6 +29,18 @@ class DoubleBackwardError(FlaDispatchError, RuntimeError):
     """A gradient of a gradient was asked for; the recurrences have first derivatives only."""
 
 
+class LockError(FlaDispatchError, RuntimeError):
+    """A lock file that cannot be read, or whose decision cannot be made again here; the differences are in the message."""
+
+
+class MissError(FlaDispatchError, RuntimeError):
+    """Nothing was measured for a call's Key, and the setting `miss` is `error`."""
+
+
+class JitError(FlaDispatchError, RuntimeError):
+    """Something was compiled or measured where that was ruled out (`testing.assert_no_jit`, the setting `no_jit`)."""
+
+
 def message(where: str, what: str, expected: str, got: str, fix: str) -> str:
     """The one wording of a refusal to compute."""
     return f"{where}: {what}: expected {expected}, got {got}. To fix: {fix}."

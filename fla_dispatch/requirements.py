@@ -40,6 +40,7 @@ class RefusalCode(enum.Enum):
     FLAG = "flag.unsupported"  # an option of the op that the variant does not implement
     RULE = "rule"  # a rule of the variant's own, with its reason
     IMPORT_ERROR = "import.failed"  # the variant's module could not be imported; the error's text is in `have`
+    PROOF = "proof.failed"  # on this device the variant was wrong, not repeatable or crashed for such a call
     ADVISORY = "advisory.denied"  # a known-bad combination of arch, compiler and variant
 
 

@@ -154,7 +154,8 @@ SNAPSHOT: list[tuple[RefusalCode, Requirement, Problem, str]] = [
 #: Codes that no requirement gives: where they come from instead.
 ELSEWHERE = {
     RefusalCode.IMPORT_ERROR: "registry.Variant.load, tested below",
-    RefusalCode.ADVISORY: "the table of known-bad combinations, which is empty so far",
+    RefusalCode.ADVISORY: "the table of known-bad combinations, tested in test_advisories.py",
+    RefusalCode.PROOF: "records of failed candidates, tested in test_tiers.py",
 }
 
 
@@ -195,7 +196,8 @@ def test_codes_are_stable() -> None:
     assert sorted(code.value for code in RefusalCode) == [
         "advisory.denied", "arch.too_old", "arch.unknown", "capture.unsupported", "determinism.unsupported", "device.kind",
         "dim.not_multiple", "dim.too_large", "dim.too_small", "dtype.unsupported", "flag.unsupported", "grad.unsupported",
-        "import.failed", "interpreter.only_forced", "package.missing", "package.version", "packing.unsupported", "rule",
+        "import.failed", "interpreter.only_forced", "package.missing", "package.version", "packing.unsupported",
+        "proof.failed", "rule",
         "shared_memory.too_small", "state.final_unsupported", "state.initial_unsupported",
     ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from ..problem import Problem
 from ..sequences import SeqInfo
 from .function import needs_grad
 from .handle import OpHandle, op
-from .plan import Candidate, Decision, Verdict, decide, seconds_text, weigh
+from .tiers import Candidate, Decision, Verdict, decide, seconds_text, weigh
 
 if TYPE_CHECKING:
     from ..requirements import Refusal

@@ -14,7 +14,7 @@ from .. import registry, settings
 from ..registry import Variant
 from .bridge import get_bridge
 from .function import run, run_ops
-from .plan import check_choice
+from .tiers import check_choice
 
 if TYPE_CHECKING:
     from .bound import BoundHandle

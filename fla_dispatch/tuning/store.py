@@ -117,6 +117,21 @@ class Store:
                 return Found(record, place.tier, env, text.source)
         return None
 
+    def hits(self, env: Environment, recurrence: str, key: str, direction: str) -> Iterator[Found]:
+        """The record of a key of each tier that has one, in order: where the first does not serve, the next may."""
+        name = Name(recurrence, key, direction)
+        first = self._lookup(env, name)
+        if first is None:
+            return
+        yield first
+        order = [place for place in self.places if TIERS.index(place.tier) >= TIERS.index(first.tier)]
+        for place in order:
+            shelf = self._shelf(place, env.directory, recurrence)
+            text = shelf.get(name)
+            record = None if text is None or text.source == first.source else self._parse(text, name)
+            if text is not None and record is not None:
+                yield Found(record, place.tier, env, text.source)
+
     def nearest(self, env: Environment, recurrence: str, key: str, direction: str, limit: int = 5) -> list[Neighbour]:
         """Records of neighbouring keys in the same environment, nearest first; that of the key itself is not among them."""
         near = sorted(
