@@ -129,7 +129,7 @@ def oracle(op: str, inputs: Inputs, *, grad: bool, used: str | None = None) -> t
     """
     wide = inputs.replaced({name: x.double() for name, x in inputs.leaves().items()})
     contract = registry.get_op(op).contract
-    module, config = (reference, None) if _length(op, inputs) <= LOOP_UP_TO else (chunk_torch, TorchConfig(64))
+    module, config = (reference, None) if inputs.args[0].shape[1] <= LOOP_UP_TO else (chunk_torch, TorchConfig(64))
 
     def run(call: Inputs) -> Tensors:
         low = contract(*call.args, **call.kwargs)
@@ -145,10 +145,6 @@ def oracle(op: str, inputs: Inputs, *, grad: bool, used: str | None = None) -> t
     run_used = run if used is None else lambda call: {used: run(call)[used]}
     outputs, found = differentiate(run_used, wide, {name: x.double() for name, x in grads.items()}, complete=False)
     return outputs, found, grads
-
-
-def _length(op: str, inputs: Inputs) -> int:
-    return inputs.args[0].shape[1]
 
 
 @contextlib.contextmanager
@@ -264,12 +260,8 @@ def check_partial_gradients(variant: str, case: Case, device: str) -> None:
     outputs, every, grads = oracle(case.op, inputs, grad=True)
     scales = gradient_scales(case.op, inputs, every)
     for name in outputs if len(outputs) > 1 else ():
-
-        def one_output(call: Inputs, name: str = name) -> Tensors:
-            return {name: run(call)[name]}
-
         _, want, _ = oracle(case.op, inputs, grad=True, used=name)
-        _, found = differentiate(one_output, inputs, grads, complete=False)
+        _, found = differentiate(lambda call, name=name: {name: run(call)[name]}, inputs, grads, complete=False)
         judge(found, want, case.dtype, prefix="d", scales=scales)
     _, together = execute(case.op, variant, inputs, grad=True, grads=grads)
     for name, leaf in inputs.leaves().items():
@@ -285,7 +277,7 @@ def check_halves(variant: str, case: Case, device: str) -> None:
     inputs = case.make(device)
     grad = trainable(variant, case.op, inputs)
     T, cut = case.sizes.T, case.sizes.T // 2 - 4
-    per_token, state = _tokens(inputs, T), inputs.kwargs.get("initial_state")
+    per_token = _tokens(inputs, T)
     run = runner(case.op, variant)
 
     def in_two(call: Inputs) -> Tensors:
@@ -297,7 +289,6 @@ def check_halves(variant: str, case: Case, device: str) -> None:
         b = run(Inputs(second.args, {**second.kwargs, "initial_state": carried}))
         return {**b, "o": torch.cat([a["o"], b["o"]], 1)}
 
-    assert state is not None
     outputs, gradients, grads = oracle(case.op, inputs, grad=grad)
     if grad:
         found, found_grads = differentiate(in_two, inputs, grads)

@@ -29,7 +29,7 @@ def test_values(variant: str, case: Case) -> None:
     matrix.check_values(variant, case, "cpu")
 
 
-@pytest.mark.parametrize(("variant", "case"), matrix.pairs("interpreter", VARIANTS, one_of_a_kind("group2")))
+@pytest.mark.parametrize(("variant", "case"), matrix.pairs("interpreter", VARIANTS, one_of_a_kind("d20_d36")))
 def test_partial_gradients(variant: str, case: Case) -> None:
     matrix.check_partial_gradients(variant, case, "cpu")
 
