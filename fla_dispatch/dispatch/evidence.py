@@ -132,7 +132,7 @@ class Evidence:
 
     def nearest_lines(self, limit: int = 3) -> list[str]:
         """The nearest records field by field, for a Key that has none."""
-        every = {n.key for n in self._store._names(self.environment.directory, self.key.recurrence) if n.direction == self.direction}
+        every = self._store.keys(self.environment, self.key.recurrence, self.direction)
         ranked = sorted((len(d := key_differences(self.text, other)), other, d) for other in every if other != self.text)
         return [f"{other}: {', '.join(d)}" for _, other, d in ranked[:limit]]
 

@@ -15,7 +15,7 @@ from ..problem import Problem
 from ..sequences import SeqInfo
 from .function import needs_grad
 from .handle import OpHandle, op
-from .tiers import Candidate, Decision, Verdict, decide, seconds_text, weigh
+from .tiers import Candidate, Decision, Source, Verdict, decide, seconds_text, weigh
 
 if TYPE_CHECKING:
     from ..requirements import Refusal
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One variant in an explanation. status: chosen | eligible | refused; seconds are estimates for the whole call."""
+    """One variant in an explanation. status: chosen | eligible | refused; seconds are estimates for the whole call with `config`.
+
+    measured: by direction, the seconds of the variant's fastest config in the record that was taken; failed: its candidates that
+    did not pass, `fingerprint: status`.
+    """
 
     name: str
     status: str
@@ -31,6 +35,8 @@ class Row:
     backward_seconds: float | None
     config: dict[str, Any]
     refusals: tuple[Refusal, ...]
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
+    failed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -39,7 +45,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Why a call runs what it runs. forward and backward: (variant, config), None where nothing runs."""
+    """Why a call runs what it runs. forward and backward: (variant, config), None where nothing runs.
+
+    provenance: per direction where the choice comes from: tier, record, proof, differences, and what was passed over.
+    """
 
     op: str
     recurrence: str
@@ -47,9 +56,10 @@ class Explanation:
     device: str
     forward: tuple[str, dict[str, Any]] | None
     backward: tuple[str, dict[str, Any]] | None
-    tier: str  # forced | estimate | reference | refused
+    tier: str  # of the forward, as in tiers.py; or refused
     reason: str
     rows: tuple[Row, ...]
+    provenance: tuple[dict[str, Any], ...] = ()
 
     def why_not(self, variant: str) -> str:
         """Why a variant was not chosen, in one line per reason. Raises UnknownNameError."""
@@ -66,6 +76,8 @@ class Explanation:
             return "reference may run, but is taken only when it is named or everything else is refused"
         if self.tier == "forced":
             return f"{variant} may run, but {self.reason}"
+        if self.tier not in ("estimate", "reference"):
+            return f"{variant} may run, but by {self.tier}: {self.reason}"
         return f"{variant} may run, but is estimated slower: {_times(row)}; {self.reason}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,11 +95,15 @@ class Explanation:
             if ran is not None:
                 lines.append(f"  {direction}: {ran[0]} {_config(ran[1])}".rstrip())
         lines.append(f"  why: {self.tier}: {self.reason}")
+        for p in self.provenance:
+            lines += [f"    {p['direction']}: {note}" for note in p["notes"]]
+            lines += [f"    {p['direction']}: nearest record {text}" for text in p["nearest"]]
         width = max(len(row.name) for row in self.rows)
         for row in self.rows:
             head = f"  {row.name:<{width}}  {row.status:<8}  "
             lines.append(head + _times(row) if not row.refusals else head + row.refusals[0].text())
             lines += [" " * len(head) + r.text() for r in row.refusals[1:]]
+            lines += [" " * len(head) + f"failed here: {text}" for text in row.failed]
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -101,7 +117,8 @@ def _config(config: dict[str, Any]) -> str:
 def _times(row: Row) -> str:
     parts = [("forward", row.forward_seconds), ("backward", row.backward_seconds)]
     text = ", ".join(f"{name} {seconds_text(s)}" for name, s in parts if s is not None)
-    return f"{text} {_config(row.config)}".rstrip()
+    measured = ", ".join(f"{name} {seconds_text(s)}" for name, s in row.measured.items())
+    return f"{f'measured {measured}; estimated ' if measured else ''}{text} {_config(row.config)}".rstrip()
 
 
 def _ran(candidate: Candidate | None) -> tuple[str, dict[str, Any]] | None:
@@ -109,13 +126,44 @@ def _ran(candidate: Candidate | None) -> tuple[str, dict[str, Any]] | None:
 
 
 def _row(verdict: Verdict, decision: Decision) -> Row:
+    name = verdict.variant.name
     chosen = [c.variant.name for c in (decision.forward, decision.backward) if c is not None]
-    status = "refused" if verdict.refusals else "chosen" if verdict.variant.name in chosen else "eligible"
+    status = "refused" if verdict.refusals else "chosen" if name in chosen else "eligible"
     forward, backward = verdict.forward, verdict.backward
+    measured: dict[str, float] = {}
+    failed: list[str] = []
+    for source in decision.sources:
+        outcomes = [o for o in source.record.outcomes if o.variant == name] if source.record is not None else []
+        times = [o.timing.median_us * 1e-6 for o in outcomes if o.status == "ok" and o.timing is not None]
+        if times and source.measured:
+            measured[source.direction] = min(times)
+        failed += [f"{source.direction} {o.fingerprint}: {o.status} {o.detail}".rstrip() for o in outcomes if o.status != "ok"]
     return Row(
-        verdict.variant.name, status, forward.seconds if forward else None, backward.seconds if backward else None,
-        {} if forward is None or forward.config is None else forward.config._asdict(), verdict.refusals,
+        name, status, forward.seconds if forward else None, backward.seconds if backward else None,
+        {} if forward is None or forward.config is None else forward.config._asdict(), verdict.refusals or verdict.partial,
+        measured, tuple(failed),
     )  # fmt: skip
+
+
+def _provenance(decision: Decision, source: Source) -> dict[str, Any]:
+    """Where the choice of one direction comes from, as plain data; without a record of this Key the nearest ones field by field."""
+    record, outcome = source.record, source.outcome
+    found: dict[str, Any] = {
+        "direction": source.direction, "tier": source.tier, "reason": source.reason, "path": source.path,
+        "differences": list(source.differences), "notes": list(source.notes), "record": None, "nearest": [],
+    }  # fmt: skip
+    if record is not None and outcome is not None:
+        found["record"] = {
+            "key": record.key, "origin": record.origin, "created": record.created, "versions": record.versions,
+            "certificate": None if outcome.certificate is None else outcome.certificate.model_dump(mode="json"),
+            "timing": None if outcome.timing is None else outcome.timing.model_dump(mode="json"),
+            "outcomes": len(record.outcomes),
+        }  # fmt: skip
+    else:
+        from .evidence import Evidence
+
+        found["nearest"] = Evidence(decision.key, source.direction).nearest_lines()
+    return found
 
 
 def _explain(handle: OpHandle, problem: Problem) -> Explanation:
@@ -125,9 +173,15 @@ def _explain(handle: OpHandle, problem: Problem) -> Explanation:
     seen = {v.variant.name: v for v in decision.considered}
     verdicts = [seen.get(v.name) or weigh(v, decision.key) for v in recurrence.variants]
     refused = decision.forward is None
+    locked = bool(decision.blocked)
     reason = f"{decision.reason} by {handle.source()}" if choice is not None else decision.reason
     if refused:
-        reason += "; every variant that this leaves is refused, so the call raises RefusedError"
+        reason += (
+            "; so the call raises LockError" if locked else "; every variant that this leaves is refused, so the call raises RefusedError"
+        )
+    elif decision.missed and choice is None and settings.current.miss != "estimate" and recurrence.workload is not None:
+        does = "measures it first" if settings.current.miss == "tune" else "raises MissError"
+        reason += f"; nothing was measured for this key, so under miss={settings.current.miss} the call {does}"
     d = problem.device
     return Explanation(
         op=handle.name,
@@ -139,6 +193,7 @@ def _explain(handle: OpHandle, problem: Problem) -> Explanation:
         tier="refused" if refused else decision.tier,
         reason=reason,
         rows=tuple(_row(v, decision) for v in verdicts),
+        provenance=tuple(_provenance(decision, source) for source in decision.sources),
     )
 
 

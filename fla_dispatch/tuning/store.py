@@ -146,6 +146,10 @@ class Store:
                 found.append(Neighbour(hit, distance))
         return found
 
+    def keys(self, env: Environment, recurrence: str, direction: str) -> list[str]:
+        """Keys that have a record in an environment; nothing is parsed."""
+        return [name.key for name in self._names(env.directory, recurrence) if name.direction == direction]
+
     def sibling(self, env: Environment, recurrence: str, key: str, direction: str) -> Found | None:
         """The record of the key in the most similar other environment of the same architecture.
 
