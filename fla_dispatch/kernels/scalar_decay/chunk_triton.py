@@ -17,7 +17,7 @@ from .recurrence import Gradients, Options, OutputGrads, Outputs, Residuals, Ten
 from .sweep.backward import Buffers, run_backward
 from .sweep.forward import run_forward
 from .sweep.gradients import arriving, leaving
-from .sweep.host import Call, prepare
+from .sweep.host import Call, exact, prepare
 from .sweep.scan import run_scan
 from .sweep.segments import SegmentStates, run_segments
 
@@ -56,7 +56,10 @@ def _forward_states(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """States before each segment; the final ones go to `out`."""
     rest = _tiles(config)
-    local = run_segments(c, o, c.k, c.s_k, c.v, c.s_v, c.beta, None, reverse=False, units=s.units, offsets=s.offsets, **rest)
+    local = run_segments(
+        c, o, c.k, c.s_k, c.v, c.s_v, c.beta, None, reverse=False, exact=out is None and exact(c, o), units=s.units,
+        offsets=s.offsets, **rest,
+    )  # fmt: skip
     wanted = out is not None and o.final_state
     state, z = (out.state, out.z if o.normalize else None) if wanted else (None, None)
     return _compose(s, local, c.h0, c.z0, state, z, c.N, reverse=False)
@@ -80,7 +83,9 @@ def backward(config: SegmentConfig, residuals: Residuals, grads: OutputGrads, o:
     h0, z0 = _forward_states(config, c, o, s, None)
     rest = _tiles(config)
     weight = a.w if o.normalize else None
-    local = run_segments(c, o, c.q, c.s_q, a.do, a.s_do, weight, a.u, reverse=True, units=s.units, offsets=s.offsets, **rest)
+    local = run_segments(
+        c, o, c.q, c.s_q, a.do, a.s_do, weight, a.u, reverse=True, exact=exact(c, o), units=s.units, offsets=s.offsets, **rest
+    )
     dS, dz = _compose(s, local, a.dS, a.dz, out.dh0, out.dz0, c.N, reverse=True)
     run_backward(c, o, a.do, a.s_do, a.w, a.u, dS, dz, out, units=s.units, offsets=s.offsets, h0=h0, z0=z0, split=config.split, **rest)
     return leaving(c, residuals, a, out, wanted)

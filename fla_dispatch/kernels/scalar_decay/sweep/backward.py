@@ -14,7 +14,7 @@ from ..._shared.launch import launch
 from ..._shared.spans import unit_span
 from ..recurrence import Options
 from .chunk_body import sweep_chunks
-from .host import Call, constants, padded, tiles
+from .host import Call, constants, exact, padded, tiles
 from .token_body import sweep_tokens
 
 
@@ -53,6 +53,7 @@ def sweep(
     REVERSE: tl.constexpr,
     W: tl.constexpr,
     Z: tl.constexpr,
+    EXACT: tl.constexpr,
     TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -68,6 +69,7 @@ def sweep(
         sweep_chunks(
             a, b, c, o, x, dot, g, w, u, s_in, s_out, z_in, z_out, None, None, length, scale, 0.0, s_a, s_b, s_c, s_o, s_x, HV,
             i_e, D=D, E=E, BD=BD, BE=BE, BT=BT, SR=SR, SC=SC, DECAY=DECAY, REVERSE=REVERSE, W=W, Z=Z, OUTPUT=True,
+            EXACT=EXACT,
             PRECISION=PRECISION, STAGES=STAGES,
         )  # fmt: skip
 
@@ -115,6 +117,7 @@ def sweep_backward(
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
     TOKENS: tl.constexpr,
+    EXACT: tl.constexpr,  # two terms per rounded operand in dq and dv, whose row sums make gate gradients
     SLICE: tl.constexpr,  # 0, 1, 2: this slice alone; -1: the second grid axis
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -153,7 +156,8 @@ def sweep_backward(
                 p_g, p_w, p_u, None if h0 is None else h0 + o_state * V, None, None if z0 is None else z0 + o_state, None,
                 length, scale, s_do, s_v, s_k, HV * K, s_q, HV, i_e,
                 D=V, E=K, BD=BV, BE=BE, BT=BT, SR=1, SC=V, DECAY=DECAY, REVERSE=False, W=1 if NORMALIZE else (2 if BETA else 0),
-                Z=2 if NORMALIZE else 0, TOKENS=TOKENS, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
+                Z=2 if NORMALIZE else 0, EXACT=EXACT,
+                TOKENS=TOKENS, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
             )  # fmt: skip
     elif which == 1:
         if i_e < NK:
@@ -161,7 +165,8 @@ def sweep_backward(
                 p_v, p_do, p_q, dk + p_token * K, None, None, p_g, p_w, p_u, p_dS, None, None if dz is None else dz + o_state,
                 None if dz0 is None else dz0 + o_state, length, scale, s_v, s_do, s_q, HV * K, 0, HV, i_e,
                 D=V, E=K, BD=BV, BE=BE, BT=BT, SR=1, SC=V, DECAY=DECAY, REVERSE=True, W=2 if NORMALIZE else (1 if BETA else 0),
-                Z=3 if NORMALIZE else 0, TOKENS=TOKENS, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
+                Z=3 if NORMALIZE else 0, EXACT=False,
+                TOKENS=TOKENS, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
             )  # fmt: skip
     else:
         if i_e < NV:
@@ -170,7 +175,8 @@ def sweep_backward(
                 p_g, p_w, None, p_dS, None if dh0 is None else dh0 + o_state * V, None, None,
                 length, scale, s_k, s_q, s_do, HV * V, s_v, HV, i_e,
                 D=K, E=V, BD=BK, BE=BE, BT=BT, SR=V, SC=1, DECAY=DECAY, REVERSE=True, W=2 if NORMALIZE else (1 if BETA else 0),
-                Z=0, TOKENS=TOKENS, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
+                Z=0, EXACT=EXACT,
+                TOKENS=TOKENS, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
             )  # fmt: skip
 
 
@@ -220,7 +226,17 @@ def run_backward(
         out.dq, out.dk, out.dv, out.dh0 if whole else None, out.dz0 if whole else None, out.dot_q, out.dot_v,
         c.T, c.N, c.B * c.T, o.scale, c.s_q, c.s_k, c.s_v, s_do, c.H, c.HV,
     )  # fmt: skip
-    same = {**constants(c, o), "BK": BK, "BV": BV, "BE": BE, "BT": BT, "SEG": SEG, "TOKENS": BT == 0, "STAGES": stages}
+    same = {
+        **constants(c, o),
+        "BK": BK,
+        "BV": BV,
+        "BE": BE,
+        "BT": BT,
+        "SEG": SEG,
+        "TOKENS": BT == 0,
+        "EXACT": exact(c, o),
+        "STAGES": stages,
+    }
     if split:
         for i in range(3):
             launch(sweep_backward, (blocks, 1), args, {**same, "SLICE": i}, warps, stages)

@@ -2,6 +2,8 @@
 
 Called by the kernels of this folder; it has no grid of its own. The state [D, BE] stays in registers; a, b, c are read once
 and o is written once. Exponents are differences of cumulative log decays in the order of time, so none is positive.
+With EXACT every operand that is rounded to the inputs' half precision (P, the state, weighted columns) enters as two terms,
+which keeps row sums exact enough for gate gradients: (6) sums differences of them over the whole rest of the sequence.
 No accumulator is transposed or fed back as a register operand after a transpose: f' recomputes b a^T instead.
 """
 
@@ -50,6 +52,7 @@ def sweep_chunks(
     W: tl.constexpr,  # 0 none, 1 rows, 2 columns
     Z: tl.constexpr,  # 0 none, 1 normaliser over D, 2 extra row with u on rows, 3 with u on columns, 4 over D with u
     OUTPUT: tl.constexpr,
+    EXACT: tl.constexpr,  # split every rounded operand into two terms: float32 sums of half-precision inputs
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -136,10 +139,16 @@ def sweep_chunks(
                 b_p *= b_w[None, :]
             if REVERSE:
                 b_p *= scale
-            b_o = tl.dot(b_a, b_s.to(b_a.dtype), input_precision=PRECISION)  # [BT, BE]
+            b_h = b_s.to(b_a.dtype)
+            b_o = tl.dot(b_a, b_h, input_precision=PRECISION)  # [BT, BE]
+            if EXACT:
+                b_o = tl.dot(b_a, (b_s - b_h.to(tl.float32)).to(b_a.dtype), b_o, input_precision=PRECISION)
             if DECAY != 0:
                 b_o *= to_row[:, None]
-            b_o = tl.dot(b_p.to(b_c.dtype), b_c, b_o, input_precision=PRECISION)  # (4)
+            b_ph = b_p.to(b_c.dtype)
+            b_o = tl.dot(b_ph, b_c, b_o, input_precision=PRECISION)  # (4)
+            if EXACT:
+                b_o = tl.dot((b_p - b_ph.to(tl.float32)).to(b_c.dtype), b_c, b_o, input_precision=PRECISION)
             if Z == 2 or Z == 3:
                 lift = b_u if Z == 2 else tl.full([BT], 1.0, tl.float32)
                 if DECAY != 0:
@@ -177,10 +186,13 @@ def sweep_chunks(
             if REVERSE:
                 weigh *= scale
         if W == 2 or DECAY != 0 or REVERSE:
-            b_cw = (b_c.to(tl.float32) * weigh[:, None]).to(b_c.dtype)
+            b_w32 = b_c.to(tl.float32) * weigh[:, None]
+            b_cw = b_w32.to(b_c.dtype)
+            b_s = tl.dot(tl.trans(b_b), b_cw, b_s, input_precision=PRECISION)
+            if EXACT:
+                b_s = tl.dot(tl.trans(b_b), (b_w32 - b_cw.to(tl.float32)).to(b_c.dtype), b_s, input_precision=PRECISION)
         else:
-            b_cw = b_c
-        b_s = tl.dot(tl.trans(b_b), b_cw, b_s, input_precision=PRECISION)
+            b_s = tl.dot(tl.trans(b_b), b_c, b_s, input_precision=PRECISION)
         if Z != 0:
             if DECAY != 0:
                 b_z *= tl.exp2(total)

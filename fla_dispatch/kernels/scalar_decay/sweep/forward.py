@@ -88,7 +88,7 @@ def sweep_forward(
             q + begin * s_q + i_h * K, k + begin * s_k + i_h * K, v + begin * s_v + i_hv * V, o + p_token * V, None, None,
             p_g, p_w, None, p_h0, p_state, p_z0, p_z, p_r, None, length, scale, EPS, s_q, s_k, s_v, HV * V, 0, HV, i_v,
             D=K, E=V, BD=BK, BE=BV, BT=BT, SR=V, SC=1, DECAY=DECAY, REVERSE=False, W=0 if beta is None else 2,
-            Z=1 if NORMALIZE else 0, OUTPUT=True, PRECISION=PRECISION, STAGES=STAGES,
+            Z=1 if NORMALIZE else 0, OUTPUT=True, EXACT=False, PRECISION=PRECISION, STAGES=STAGES,
         )  # fmt: skip
 
 

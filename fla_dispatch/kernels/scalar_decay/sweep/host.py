@@ -67,6 +67,11 @@ def constants(c: Call, o: Options) -> dict[str, Any]:
     }
 
 
+def exact(c: Call, o: Options) -> bool:
+    """Whether backward must keep row sums exact: gates per token, half-precision operands."""
+    return o.decay == "token" and c.q.dtype != torch.float32
+
+
 def tiles(width: int, BE: int) -> int:
     """Number of tiles of a head dim."""
     return -(-width // BE)

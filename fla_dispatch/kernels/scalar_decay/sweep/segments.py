@@ -47,6 +47,7 @@ def segment_states(
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     EPS: tl.constexpr,
@@ -71,7 +72,7 @@ def segment_states(
         None if u is None else u + p_token, None, states + o_state * V, None, None if z is None else z + o_state, None,
         None if decays is None else decays + i_uh, length, scale, EPS, 0, s_b, s_c, 0, 0, HV, i_v,
         D=K, E=V, BD=BK, BE=BV, BT=BT, SR=V, SC=1, DECAY=DECAY, REVERSE=REVERSE, W=0 if w is None else 2,
-        Z=(4 if REVERSE else 1) if NORMALIZE else 0, OUTPUT=False, PRECISION=PRECISION, STAGES=STAGES,
+        Z=(4 if REVERSE else 1) if NORMALIZE else 0, OUTPUT=False, EXACT=EXACT, PRECISION=PRECISION, STAGES=STAGES,
     )  # fmt: skip
 
 
@@ -96,6 +97,7 @@ def run_segments(
     u: torch.Tensor | None,
     *,
     reverse: bool,
+    exact: bool,
     BT: int,
     BE: int,
     warps: int,
@@ -104,7 +106,7 @@ def run_segments(
     units: int,
     offsets: torch.Tensor | None,
 ) -> SegmentStates:
-    """States of every segment from zero, in one direction of time; x is v, or do when reversed."""
+    """States of every segment from zero, in one direction of time; x is v, or do when reversed; exact: see `sweep_chunks`."""
     out = SegmentStates(c, o, units)
     launch(
         segment_states,
@@ -113,7 +115,7 @@ def run_segments(
             b, x, c.g, w, u, c.cu, offsets, out.states, out.z, out.decays,
             c.T, c.N, c.B * c.T, o.scale, s_b, s_x, c.H, c.HV,
         ),
-        {**constants(c, o), "BK": padded(c)[0], "BV": BE, "BT": BT, "SEG": SEG, "REVERSE": reverse, "STAGES": stages},
+        {**constants(c, o), "BK": padded(c)[0], "BV": BE, "BT": BT, "SEG": SEG, "REVERSE": reverse, "EXACT": exact, "STAGES": stages},
         warps,
         stages,
     )  # fmt: skip
