@@ -13,7 +13,10 @@ With G_t = g_1 + ... + g_t and the decay matrix M_ts = exp(G_t - G_s) for s <= t
 One function f(a, b, c) = (M * (a b^T)) c gives the output and every gradient, by permuting its arguments:
 
     (5)  o = f(q, k, v)   dq = f(do, v, k)   dk = f'(v, do, q)   dv = f'(k, q, do)         f' has M^T: time reversed
-    (6)  dG_t = q_t . dq_t - k_t . dk_t,   dg_t = sum_{s >= t} dG_s + <S_T, dS_T>,   beta_t dbeta_t = v_t . dv_t = k_t . dk_t
+    (6)  dG_t = q_t . dq_t - k_t . dk_t,   dg_t = <S_0, dS_0> - sum_{s < t} dG_s,   beta_t dbeta_t = v_t . dv_t = k_t . dk_t
+
+(the sum of all dG_t is <S_0, dS_0> - <S_T, dS_T>, so this is also the sum over s >= t plus <S_T, dS_T>; counting from the start
+needs no final state and keeps its rounding out of every gate)
 
 f is computed chunk by chunk: inside a chunk as in (4), across chunks through a state that is carried in time order,
 

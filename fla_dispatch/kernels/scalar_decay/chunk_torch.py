@@ -245,10 +245,10 @@ def backward(config: TorchConfig, residuals: Residuals, grads: OutputGrads, o: O
     dg = dbeta = None
     if t.g is not None:  # (6)
         dG = (c.q * dq).sum(-1) - (c.k * dk).sum(-1)
-        ending = torch.zeros_like(dS[..., 0, 0]) if residuals.state is None or grads.state is None else (residuals.state * dS).sum((-1, -2))
-        inside = dG.flip(-1).cumsum(-1).flip(-1)
-        later, _ = _carry(chunks, ending, torch.ones_like(dG[..., 0]), list(inside[..., 0].unbind(1)), True)
-        dg = chunks.join(inside + later[..., None]).to(t.g.dtype)
+        inside = -dG.cumsum(-1)
+        start = (c.h0 * back_v.state).sum((-1, -2))
+        earlier, _ = _carry(chunks, start, torch.ones_like(dG[..., 0]), list(inside[..., -1].unbind(1)), False)
+        dg = chunks.join(earlier[..., None] + inside + dG).to(t.g.dtype)
     if t.beta is not None:
         dbeta = chunks.join((c.v * back_v.out).sum(-1)).to(t.beta.dtype)
     found = (

@@ -88,4 +88,4 @@ def backward(config: SegmentConfig, residuals: Residuals, grads: OutputGrads, o:
     )
     dS, dz = _compose(s, local, a.dS, a.dz, out.dh0, out.dz0, c.N, reverse=True)
     run_backward(c, o, a.do, a.s_do, a.w, a.u, dS, dz, out, units=s.units, offsets=s.offsets, h0=h0, z0=z0, split=config.split, **rest)
-    return leaving(c, residuals, a, out, wanted)
+    return leaving(c, residuals, out, wanted)

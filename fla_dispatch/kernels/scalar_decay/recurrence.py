@@ -55,7 +55,6 @@ class Residuals(NamedTuple):
 
     tensors: Tensors
     o: torch.Tensor | None  # normalize only
-    state: torch.Tensor | None  # token decay with a final state only
     weight: torch.Tensor | None  # normalize only
 
 
@@ -122,7 +121,6 @@ def residuals(t: Tensors, out: Outputs, o: Options) -> Residuals:
     return Residuals(
         tensors=t,
         o=out.o if o.normalize else None,
-        state=out.state if o.decay == "token" and o.final_state else None,
         weight=out.weight if o.normalize else None,
     )
 

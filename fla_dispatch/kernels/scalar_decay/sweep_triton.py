@@ -25,4 +25,4 @@ def backward(config: SweepConfig, residuals: Residuals, grads: OutputGrads, o: O
     a = arriving(c, residuals, grads, o)
     out = Buffers(c, o, config.BE, states=t.h0 is not None or t.z0 is not None, gates=t.g is not None or t.beta is not None)
     run_backward(c, o, a.do, a.s_do, a.w, a.u, a.dS, a.dz, out, **config._asdict())
-    return leaving(c, residuals, a, out, wanted)
+    return leaving(c, residuals, out, wanted)

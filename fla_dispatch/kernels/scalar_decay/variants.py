@@ -55,9 +55,10 @@ def _sweep_tiles(p: Problem) -> tuple[tuple[int, int, int, int, bool], ...]:
     stages hide the latency of memory, two do not (docs/measured.md). At D = 256 the state alone fills the registers of 4
     warps, so 8. Tiles narrower than 64 columns never run on 4 warps: decision 0003. Where three blocks fit one unit
     (D <= 64), three launches beat one launch with three slices, which holds the shared memory of all three. float32 has no
-    matrix unit at full precision: small tiles.
+    matrix unit at full precision: small tiles. Backward with gates runs best at two stages, or 32-token chunks at D = 256.
     """
     wide = max(_tile(p.K), _tile(p.V))
+    gated = p.grad and p.flag("decay") == "token"  # two terms per operand in backward: registers for fewer stages
     found: tuple[tuple[int, int, int, int, bool], ...]
     if p.dtype("qkv") == "float32":
         found = ((32, 32, 4, 1, True), (16, 32, 4, 1, True), (16, 16, 4, 1, True))
@@ -66,8 +67,12 @@ def _sweep_tiles(p: Problem) -> tuple[tuple[int, int, int, int, bool], ...]:
     elif wide <= 128:
         split = wide <= 64
         found = ((64, 64, 4, 3, split), (64, 64, 4, 2, True), (64, 64, 4, 1, True), (32, 64, 4, 1, True), (32, 32, 2, 1, True))
+        if gated and not split:
+            found = ((64, 64, 4, 2, False), *found)
     else:
         found = ((64, 64, 8, 1, False), (64, 64, 8, 1, True), (32, 64, 8, 1, True), (32, 32, 2, 1, True), (16, 16, 2, 1, True))
+        if gated:
+            found = ((32, 64, 8, 2, False), *found)
     room = p.device.shared_bytes if p.device.is_gpu else 1 << 30
     return tuple(t for t in found if _shared_bytes(p, t[0], t[1], t[3]) <= room) or found[-1:]
 

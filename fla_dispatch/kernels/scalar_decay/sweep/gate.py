@@ -1,4 +1,4 @@
-"""Gate gradients from float32 row sums, equation (6): dg_t = sum_{s >= t} (q_s . dq_s - k_s . dk_s) + <S_T, dS_T>.
+"""Gate gradients from float32 row sums, equation (6): dg_t = <S_0, dS_0> - sum_{s < t} (q_s . dq_s - k_s . dk_s).
 
 Grid: (N, tiles of HV). k . dk equals beta * (v . dv), so the row sums come from the dq and the dv sweep alone, and the
 latter is the gradient of beta.
@@ -21,7 +21,7 @@ def gate_gradient(
     dot_q,  # [NK, B, T, HV]
     dot_v,  # [NV, B, T, HV]
     beta,  # [B, T, HV] or None
-    ending,  # [N, HV] <S_T, dS_T>, or None
+    start,  # [N, HV] <S_0, dS_0>, or None
     cu,  # [N + 1] or None
     dg,  # [B, T, HV] or None
     dbeta,  # [B, T, HV] or None
@@ -40,13 +40,13 @@ def gate_gradient(
     m_h = o_h < HV
     begin, length = unit_span(cu, None, i_n, T, N, 0, PACKED)
     o_t = tl.arange(0, BT)
-    later = tl.zeros([BH], tl.float32)
-    if ending is not None:
-        later += tl.load(ending + tl.cast(i_n, tl.int64) * HV + o_h, mask=m_h, other=0.0)
+    earlier = tl.zeros([BH], tl.float32)
+    if start is not None:
+        earlier += tl.load(start + tl.cast(i_n, tl.int64) * HV + o_h, mask=m_h, other=0.0)
     plane = tl.cast(total, tl.int64) * HV
     NT = tl.cdiv(length, BT)
     for i in range(0, NT):
-        t = (NT - 1 - i) * BT + o_t
+        t = i * BT + o_t
         m = (t < length)[:, None] & m_h[None, :]
         p = (begin + t)[:, None] * HV + o_h[None, :]
         b_q = tl.zeros([BT, BH], tl.float32)
@@ -61,18 +61,18 @@ def gate_gradient(
             if beta is not None:
                 b_v *= tl.load(beta + p, mask=m, other=0.0).to(tl.float32)
             b_d = b_q - b_v
-            b_g = tl.cumsum(b_d, 0, reverse=True) + later[None, :]
+            b_g = earlier[None, :] + b_d - tl.cumsum(b_d, 0)
             tl.store(dg + p, b_g.to(dg.dtype.element_ty), mask=m)
-            later += tl.sum(b_d, 0)
+            earlier -= tl.sum(b_d, 0)
 
 
-def run_gate(c: Call, out: Buffers, ending: torch.Tensor | None, dg: torch.Tensor | None, dbeta: torch.Tensor | None) -> None:
+def run_gate(c: Call, out: Buffers, start: torch.Tensor | None, dg: torch.Tensor | None, dbeta: torch.Tensor | None) -> None:
     """Fill dg and dbeta from the row sums of a backward launch."""
     BH = 8
     launch(
         gate_gradient,
         (c.N, -(-c.HV // BH)),
-        (out.dot_q, out.dot_v, c.beta, ending, c.cu, dg, dbeta, c.T, c.N, c.B * c.T, c.HV),
+        (out.dot_q, out.dot_v, c.beta, start, c.cu, dg, dbeta, c.T, c.N, c.B * c.T, c.HV),
         {"NK": out.dot_q.shape[0], "NV": out.dot_v.shape[0], "BT": 256, "BH": BH, "PACKED": c.cu is not None},
         4,
         2,

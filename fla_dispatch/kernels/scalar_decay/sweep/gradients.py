@@ -24,7 +24,6 @@ class Arriving(NamedTuple):
     u: torch.Tensor | None  # [B, T, HV] float32: -(do . o) with normalize
     dS: torch.Tensor | None  # [N, HV, K, V] float32
     dz: torch.Tensor | None  # [N, HV, K] float32
-    ending: torch.Tensor | None  # [N, HV] <S_T, dS_T> of (6)
 
 
 def arriving(c: Call, residuals: Residuals, grads: OutputGrads, o: Options) -> Arriving:
@@ -32,16 +31,14 @@ def arriving(c: Call, residuals: Residuals, grads: OutputGrads, o: Options) -> A
     do, s_do = token_rows(torch.zeros_like(t.v) if grads.o is None else grads.o.to(t.v.dtype))
     dS = None if grads.state is None else grads.state.contiguous()
     dz = None if grads.z is None else grads.z.contiguous()
-    w, u, ending = c.beta, None, None
+    w, u = c.beta, None
     if o.normalize:
         w = residuals.weight
         u = run_rowdot(do, s_do, residuals.o)
-    if t.g is not None and dS is not None and residuals.state is not None:
-        ending = (residuals.state * dS).sum((-1, -2))
-    return Arriving(do, s_do, w, u, dS, dz, ending)
+    return Arriving(do, s_do, w, u, dS, dz)
 
 
-def leaving(c: Call, residuals: Residuals, arrived: Arriving, out: Buffers, wanted: tuple[bool, ...]) -> Gradients:
+def leaving(c: Call, residuals: Residuals, out: Buffers, wanted: tuple[bool, ...]) -> Gradients:
     """Group sums in float32, gate gradients from row sums, and None for what is not wanted."""
     t = residuals.tensors
     want = Gradients(*wanted)
@@ -49,7 +46,8 @@ def leaving(c: Call, residuals: Residuals, arrived: Arriving, out: Buffers, want
     if out.dot_q is not None:
         dg = torch.empty_like(t.g, memory_format=torch.contiguous_format) if want.g else None
         dbeta = torch.empty_like(t.beta, memory_format=torch.contiguous_format) if want.beta else None
-        run_gate(c, out, arrived.ending, dg, dbeta)
+        start = None if c.h0 is None or dg is None else (c.h0 * out.dh0).sum((-1, -2))
+        run_gate(c, out, start, dg, dbeta)
     group = c.HV // c.H
     return Gradients(
         q=sum_groups(out.dq, group).to(t.q.dtype) if want.q else None,
