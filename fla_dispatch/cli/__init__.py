@@ -7,12 +7,14 @@ Each command imports its module when it runs. Exit codes: 0 all is well, 1 somet
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import FlaDispatchError, UnknownNameError
 from .cache import app as _cache
+from .preparing import add_to as _add_preparing
 
 # Commands are named apart from their modules (`_doctor`, `doctor`), because importing a module sets its name here.
 app = typer.Typer(
@@ -23,6 +25,7 @@ app = typer.Typer(
     help="Linear attention and state-space recurrences: which kernel runs, why, and whether it is right.",
 )
 
+_add_preparing(app)
 app.add_typer(_cache, name="cache", short_help="The records of what was measured, proven and chosen.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -87,6 +90,58 @@ def _demo(
     from . import demo as command
 
     raise typer.Exit(command.run(device, op or [], json))
+
+
+Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="A module that registers further variants; may be repeated.")]
+
+
+@app.command("tune", short_help="Measure and prove what is untried on this device.")
+def _tune(
+    matrix: Annotated[Path | None, typer.Option(help="TOML file of [[keys]] tables: op, dtype, sizes, packed, grad, ...")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="An op whose sizes are given; may be repeated.")] = None,
+    recurrence: Annotated[str | None, typer.Option(help="Only this recurrence.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="Sizes of the ops, NAME=NUMBER,NUMBER; D is every head dim.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="dtype of the inputs; may be repeated. Default: bfloat16.")] = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Packed sequences (cu_seqlens).")] = False,
+    grad: Annotated[bool, typer.Option("--grad", help="With gradients.")] = False,
+    initial_state: Annotated[bool, typer.Option("--initial-state", help="With an initial state.")] = False,
+    final_state: Annotated[bool, typer.Option("--final-state", help="With the final state returned.")] = False,
+    device: Annotated[str | None, typer.Option(help="A torch device. Default: a GPU if there is one.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds after which no new key is begun.")] = 600.0,
+    key_ms: Annotated[float, typer.Option(help="Milliseconds of samples for each key.")] = 150.0,
+    limit: Annotated[float, typer.Option(help="Seconds of silence after which a candidate is ended.")] = 60.0,
+    regime: Annotated[str, typer.Option(help="eager or graph.")] = "eager",
+    processes: Annotated[int | None, typer.Option(help="Compile processes. Default: all cores but two.")] = None,
+    most: Annotated[int, typer.Option(help="Candidates per key and direction.")] = 12,
+    plugin: Plugins = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure also what was tried before.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A directory that gets the records as packs too.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure and prove what is untried of some keys on this device; every record is kept as soon as it is made."""
+    from . import tune as command
+
+    raise typer.Exit(
+        command.run(
+            recurrence, matrix, op or [], size or [], dtype or [], packed, grad, initial_state, final_state, device, budget, key_ms,
+            limit, regime, processes, most, plugin or [], again, out, json,
+        )
+    )  # fmt: skip
+
+
+@app.command("verify", short_help="Prove the remembered choices again on this device.")
+def _verify(
+    recurrence: Annotated[str | None, typer.Option(help="Only this recurrence.")] = None,
+    device: Annotated[str | None, typer.Option(help="A torch device. Default: a GPU if there is one.")] = None,
+    regime: Annotated[str, typer.Option(help="eager or graph.")] = "eager",
+    limit: Annotated[float, typer.Option(help="Seconds of silence after which a candidate is ended.")] = 60.0,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> None:
+    """Prove the choice of every record of this device again, once for all records that share a proof; exits 1 if one fails."""
+    from . import tune as command
+
+    raise typer.Exit(command.run_verify(device, recurrence, regime, plugin or [], limit, json))
 
 
 def parse_sizes(texts: list[str]) -> dict[str, int]:

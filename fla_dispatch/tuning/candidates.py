@@ -89,9 +89,10 @@ class Bench:
     fields: list[Field]
     priors: dict[tuple[str, bool], Record]
 
-    def worthy(self, *, backward: bool) -> dict[str, Candidate]:
-        """Candidates of one direction by fingerprint."""
-        return {c.fingerprint: c for f in self.fields if f.backward == backward for c in f.worthy}
+    @property
+    def keys(self) -> int:
+        """How many Keys are timed together."""
+        return sum(not f.backward for f in self.fields)
 
     def tried(self, f: Field) -> dict[tuple[str, str], Outcome]:
         prior = self.priors.get((record_key(f.key), f.backward))

@@ -100,11 +100,14 @@ class Jobs:
         key: Problem,
         regime: str,
         entries: list[Entry],
-        source: Entry,
+        source: Entry | None,
         always: frozenset[int],
         plan: timing.Plan,
     ) -> None:
-        """Time candidates of both directions on one set of inputs. source: the forward that makes backward's residuals."""
+        """Time candidates of both directions on one set of inputs.
+
+        Backward's residuals come from the fastest forward of this job, or from `source` where it has none.
+        """
         found = registry.get_recurrence(recurrence)
         workload = found.workload
         assert workload is not None
@@ -115,11 +118,13 @@ class Jobs:
             tensors, options = workload.make(key, device, 0)
             for backward in (False, True):
                 chosen = [e for e in entries if e.backward == backward]
-                if not chosen:
+                if not chosen or (backward and source is None):
                     continue
                 calls = _backward_calls(found, source, tensors, options, chosen) if backward else _calls(found, tensors, options, chosen)
                 race = _Race(emit, device, clock, regime, {e.number: e for e in chosen})
                 samples = timing.race(calls, race.take, plan, always)
+                if samples and not backward:
+                    source = race.entries[min((min(s), i) for i, s in samples.items())[1]]
                 emit(("times", {i: timing.summarise(s) for i, s in samples.items() if s}, race.peaks))
                 del calls
         del tensors
@@ -134,7 +139,8 @@ def _calls(r: Recurrence, tensors: Any, options: Any, entries: list[Entry]) -> d
     return {e.number: call(e) for e in entries}
 
 
-def _backward_calls(r: Recurrence, source: Entry, tensors: Any, options: Any, entries: list[Entry]) -> dict[int, timing.Call]:
+def _backward_calls(r: Recurrence, source: Entry | None, tensors: Any, options: Any, entries: list[Entry]) -> dict[int, timing.Call]:
+    assert source is not None
     outputs = r.outputs(*module_of(r.variant(source.variant)).forward(source.config, tensors, options))
     residuals = r.residuals(tensors, outputs, options)
     carried = outputs[: len(r.output_grads._fields)]

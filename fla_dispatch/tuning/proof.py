@@ -110,14 +110,13 @@ class Prover:
             tokens = max(tokens, trial.problem.T)
             times = max(REPEATS, trial.repeats) if trial.repeats > 1 else 1
             found, failure = self._attempts(module, run, case, config, times)
-            if failure is None:
-                new = self._errors(found, case, backward)
-                bounds.update({name: self.workload.tolerance(dtype, name) for name in new})
-                errors.update({name: max(x, errors.get(name, 0.0)) for name, x in new.items()})
-                bad = [f"{name} {x:.2e} > {bounds[name]:.2e}" for name, x in new.items() if not x <= bounds[name]]
-                if bad:
-                    _, failure = self._attempts(module, run, case, config, REPEATS)
-                    failure = failure or ("wrong", f"trial {trial.name}: " + ", ".join(bad))
+            new = self._errors(found, case, backward)
+            bounds.update({name: self.workload.tolerance(dtype, name) for name in new})
+            errors.update({name: max(x, errors.get(name, 0.0)) for name, x in new.items()})
+            bad = [f"{name} {x:.2e} > {bounds[name]:.2e}" for name, x in new.items() if not x <= bounds[name]]
+            if bad and failure is None:
+                _, failure = self._attempts(module, run, case, config, REPEATS)
+                failure = failure or ("wrong", f"trial {trial.name}: " + ", ".join(bad))
             repeats = max(repeats, times)
             if failure is not None:
                 break

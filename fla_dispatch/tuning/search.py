@@ -7,13 +7,14 @@ soon as it is made, so that a run that is cut loses nothing; what a record has t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +102,8 @@ class Tuner:
         self.keys = list(dict.fromkeys(plain(dataclasses.replace(k, device=here)) for k in keys))
         self.records: dict[tuple[str, str], Record] = {}
         self.failures: list[tuple[str, str]] = []
-        self.known = self.done = 0
+        self.known = self.done = self.total = 0
+        self.seconds = {"compile": 0.0, "prove": 0.0, "time": 0.0}
         self._verdicts: dict[tuple[str, bool], Verdict] = {}
         self._submitted: dict[tuple[Problem, str, bool], tuple[CompileJob, ...]] = {}
         self._began = time.monotonic()
@@ -112,6 +114,11 @@ class Tuner:
     def left(self) -> float:
         """Seconds of the budget that are left."""
         return self.budget - (time.monotonic() - self._began)
+
+    @property
+    def left_out(self) -> int:
+        """Keys that the budget did not reach, or that nothing may run."""
+        return len(self.keys) - self.known - self.done
 
     def run(self) -> list[Record]:
         """Tune until all keys are done or the budget is spent; the records of all keys that have one."""
@@ -126,17 +133,26 @@ class Tuner:
                     ahead += 1
                 if self.left <= 0:
                     break
-                self._verdicts = self._compiled(group)
-                self._prove(group)
+                with self._counted("compile"):
+                    self._verdicts = self._compiled(group)
+                with self._counted("prove"):
+                    self._prove(group)
                 for bench in group.benches:
                     if self.left <= 0:
                         break
-                    self._time(bench)
+                    with self._counted("time"):
+                        self._time(bench)
         finally:
             self.worker.close()
             if self.crew is not None:
                 self.crew.close()
         return list(self.records.values())
+
+    @contextlib.contextmanager
+    def _counted(self, stage: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[stage] += time.monotonic() - began
 
     def _benches(self) -> list[Bench]:
         """Keys with something untried, by what is timed together; what is known goes straight to `records`."""
@@ -161,9 +177,9 @@ class Tuner:
             if bench.untried(backward=False) or bench.untried(backward=True):
                 todo.append(bench)
                 continue
-            self.known += 1
+            self.known += bench.keys
             self.records.update({(r.key, r.direction): r for r in bench.priors.values()})
-        self.total = len(todo)
+        self.total = sum(bench.keys for bench in todo)
         return todo
 
     def _groups(self, benches: list[Bench]) -> list[Group]:
@@ -247,19 +263,19 @@ class Tuner:
             for name, c in passed.items():
                 entries.append(Entry(len(entries), c.variant.name, c.config, backward, c.seconds))
                 names.append((name, backward))
-        source = self._source(bench)
         always = {(f.default, f.backward) for f in bench.fields} | {(bench.incumbent(f), f.backward) for f in bench.fields}
         arguments = {
-            "recurrence": self.recurrence.name, "device": self.device, "key": bench.key, "regime": self.regime, "source": source,
+            "recurrence": self.recurrence.name, "device": self.device, "key": bench.key, "regime": self.regime,
             "always": frozenset(i for i, name in enumerate(names) if name in always), "plan": self.plan,
         }  # fmt: skip
         failed: dict[tuple[str, bool], Verdict] = {}
         times: dict[tuple[str, bool], tuple[Timing, int | None]] = {}
-        remaining = entries if source is not None else [e for e in entries if not e.backward]
+        remaining = entries
         while remaining:
             current, finished = None, False
+            job = {**arguments, "entries": remaining, "source": self._source(bench, failed)}
             try:
-                for kind, *rest in self.worker.run("time", {**arguments, "entries": remaining}, self.limit):
+                for kind, *rest in self.worker.run("time", job, self.limit):
                     current = rest[0] if kind == "begin" else None
                     if kind == "end":
                         failed[names[rest[0]]] = rest[1]
@@ -278,16 +294,17 @@ class Tuner:
                 if current is not None:
                     failed[names[current]] = Verdict(error.status, error.detail)
             remaining = [e for e in remaining if names[e.number] not in failed and not (finished and not e.backward)]
-        self.done += 1
+        self.done += bench.keys
         for f in bench.fields:
             self._keep(bench, f, times, failed)
 
     def _verdict(self, name: str, backward: bool) -> Verdict:
         return self._verdicts.get((name, backward), Verdict("crash", "not proven"))
 
-    def _source(self, bench: Bench) -> Entry | None:
+    def _source(self, bench: Bench, failed: dict[tuple[str, bool], Verdict]) -> Entry | None:
         """A proven forward to make backward's residuals with."""
-        proven = [c for n, c in bench.untried(backward=False).items() if self._verdict(n, False).status == "ok"]
+        new = bench.untried(backward=False)
+        proven = [c for n, c in new.items() if self._verdict(n, False).status == "ok" and (n, False) not in failed]
         for c in (*proven, *bench.companions(backward=False).values()):
             return Entry(-1, c.variant.name, c.config, False)
         return None

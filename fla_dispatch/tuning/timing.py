@@ -110,7 +110,7 @@ class Plan(NamedTuple):
 def race(
     contenders: dict[int, Call], take: Callable[[int, Call], float | None], plan: Plan, always: frozenset[int] = frozenset()
 ) -> dict[int, list[float]]:
-    """Samples of each contender by successive halving: all once more, the better half again, then interleaved finals.
+    """Samples of each contender by successive halving: all twice, the better half again, then interleaved finals.
 
     take(i, call) -> seconds, or None for a contender that failed and leaves. always: contenders that reach the finals whatever
     their time (the default, the incumbent), unless they are hopeless by a factor of ten.
@@ -136,6 +136,9 @@ def race(
         good += [i for i in ranked if i in always and i not in good and min(samples[i]) <= 10 * fastest]
         alive[:] = [i for i in alive if i in good]
 
+    for i in list(alive):
+        once(i)
+    alive = [i for i in alive if min(samples[i]) <= 2 * plan.hopeless * min(map(min, samples.values())) or i in always]
     for i in list(alive):
         once(i)
     while alive and len(alive) > plan.finalists + len(always):

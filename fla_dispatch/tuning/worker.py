@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
+import torch
+
 from .records import Status
 
 #: Seconds in which a fresh process must have imported torch and the plug-ins.
@@ -50,12 +52,15 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._stderr: Any = None
+        self._ready = False
 
     def start(self) -> None:
         """Start the process without waiting for it."""
         ours, theirs = Pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the process
-        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()}, {self.plugins!r})"
+        threads = torch.get_num_threads()  # the environment of a CPU counts them
+        served = f"serve({theirs.fileno()}, {self.plugins!r}, {threads})"
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; {served}"
         self._process = subprocess.Popen(
             [sys.executable, "-X", "faulthandler", "-c", code], pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=self._stderr,
@@ -68,21 +73,16 @@ class Worker:
         """Events of a job; raises Lost when none comes for `limit` seconds or the process ends, JobError when the job fails."""
         if self._pipe is None:
             self.start()
-        assert self._pipe is not None
+        if not self._ready:
+            self._receive(START)
+            self._ready = True
         try:
+            assert self._pipe is not None
             self._pipe.send((function, arguments))
         except OSError:
             raise self._lost("crash", "the worker is gone") from None
-        first = True
         while True:
-            patience = limit + (START if first else 0.0)
-            if not self._pipe.poll(patience):
-                raise self._lost("timeout", f"nothing for {patience:.3g} s")
-            try:
-                kind, *content = self._pipe.recv()
-            except (EOFError, ConnectionResetError):
-                raise self._lost("crash", "") from None
-            first = False
+            kind, *content = self._receive(limit)
             if kind == "event":
                 yield content[0]
             elif kind == "error":
@@ -91,6 +91,16 @@ class Worker:
                 raise self._lost("crash", "")
             else:
                 return
+
+    def _receive(self, limit: float) -> tuple[Any, ...]:
+        assert self._pipe is not None
+        if not self._pipe.poll(limit):
+            raise self._lost("timeout", f"nothing for {limit:.3g} s")
+        try:
+            message: tuple[Any, ...] = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise self._lost("crash", "") from None
+        return message
 
     def _lost(self, status: Status, detail: str) -> Lost:
         """End the process and say how it ended."""
@@ -124,6 +134,7 @@ class Worker:
         if self._stderr is not None:
             self._stderr.close()
         self._process = self._pipe = self._stderr = None
+        self._ready = False
 
 
 class Inline:
@@ -152,17 +163,19 @@ class Broken(Exception):
     """Raised by a job after an error that leaves the process's device context useless; the process ends."""
 
 
-def serve(descriptor: int, plugins: Sequence[str]) -> None:
+def serve(descriptor: int, plugins: Sequence[str], threads: int) -> None:
     """The process's side: jobs until the pipe closes."""
     import importlib
     import os
 
     pipe = Connection(descriptor)
+    torch.set_num_threads(threads)
     from .jobs import Jobs, classify
 
     for name in plugins:
         importlib.import_module(name)
     jobs = Jobs()
+    pipe.send(("ready",))
     while True:
         try:
             function, arguments = pipe.recv()
