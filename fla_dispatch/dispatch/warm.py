@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .. import registry
+from .. import registry, settings
 from ..device import profile
-from ..errors import JitError, RefusedError
+from ..errors import JitError, MissError, RefusedError
 from ..problem import Problem
 from .handle import op
 from .tiers import decide
@@ -70,19 +70,29 @@ def launch(call: Call, device: torch.device) -> None:
         getattr(torch, device.type).synchronize(device)
 
 
+@contextlib.contextmanager
+def _nothing_new() -> Iterator[None]:
+    """Anything that is measured, compiled or decided without a record raises."""
+    from ..tuning import jit
+
+    with settings.override(miss="error"), jit.ruled_out():
+        yield
+
+
 def launch_all(
     calls: Iterable[Call], device: torch.device, *, forbid: bool = False, each: Callable[[Call], None] | None = None
 ) -> list[Left]:
-    """Launch every call; with forbid nothing may be compiled. Returns the calls that were refused or would compile."""
-    from ..tuning import jit
-
+    """Launch every call; with forbid nothing may be measured or compiled. Returns the calls that were refused, or that would be."""
     left = []
+    context = _nothing_new if forbid else contextlib.nullcontext
     for call in calls:
         if each is not None:
             each(call)
         try:
-            with jit.ruled_out() if forbid else contextlib.nullcontext():
+            with context():
                 launch(call, device)
+        except MissError:
+            left.append(Left(call.text(), "measure", "the call has a key that no record is for"))
         except JitError as error:
             left.append(Left(call.text(), "compile", str(error).split(".")[0]))
         except RefusedError as error:
@@ -97,6 +107,8 @@ def what_is_left(calls: Iterable[Call], device: torch.device) -> list[Left]:
     texts: dict[Problem, str] = {}
     for call in calls:
         texts.setdefault(call.key(here), call.text())
-    found = [Left(texts[key], "measure", key.text()) for key in missing(texts)]
-    shorter = [s for call in calls if (s := call.shorter()) is not None]
-    return found + launch_all([*calls, *shorter], device, forbid=True)
+    gone = set(missing(texts))
+    found = [Left(text, "measure", key.text()) for key, text in texts.items() if key in gone]
+    known = [call for call in calls if call.key(here) not in gone]
+    shorter = [s for call in known if (s := call.shorter()) is not None]
+    return found + launch_all([*known, *shorter], device, forbid=True)
