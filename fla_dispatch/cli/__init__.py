@@ -25,7 +25,6 @@ app = typer.Typer(
     help="Linear attention and state-space recurrences: which kernel runs, why, and whether it is right.",
 )
 
-_add_preparing(app)
 app.add_typer(_cache, name="cache", short_help="The records of what was measured, proven and chosen.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -142,6 +141,9 @@ def _verify(
     from . import tune as command
 
     raise typer.Exit(command.run_verify(device, recurrence, regime, plugin or [], limit, json))
+
+
+_add_preparing(app)
 
 
 def parse_sizes(texts: list[str]) -> dict[str, int]:
