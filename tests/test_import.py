@@ -59,7 +59,18 @@ print(time.perf_counter() - started)
     assert min(float(python(code)) for _ in range(3)) < 1.0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["ops", "--help"], ["explain", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["doctor", "--help"],
+        ["ops", "--help"],
+        ["explain", "--help"],
+        ["demo", "--help"],
+        ["warmup", "--help"],
+        ["lock", "--help"],
+    ],
+)
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     """Nothing heavy is loaded for help: that, not a clock, keeps it fast on any machine."""
     code = """

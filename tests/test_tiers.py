@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from fla_dispatch.dispatch.tiers import Decision, decide
 from fla_dispatch.errors import MissError, RefusedError
 from fla_dispatch.kernels.scalar_decay.configs import TorchConfig
 from fla_dispatch.requirements import RefusalCode
-from fla_dispatch.tuning import advisories, lock
+from fla_dispatch.tuning import advisories, lock, search
 from fla_dispatch.tuning.advisories import Advisory
 from fla_dispatch.tuning.hashing import kernel_hash
 from fla_dispatch.tuning.records import record_key
@@ -239,6 +240,29 @@ def test_miss_policy(shelf: Shelves) -> None:
         handle(*args)
     with settings.override(miss="error", cache_dir=settings.current.cache_dir), pytest.raises(MissError):
         handle(*qkv(100))
+
+
+def test_tuning_on_a_miss(shelf: Shelves, monkeypatch: pytest.MonkeyPatch) -> None:
+    """miss=tune measures in the call; not under torch.distributed, where ranks would choose each for itself."""
+    monkeypatch.setattr(search, "tune", functools.partial(search.tune, isolate=False, key_seconds=0.01))
+    handle, args = fd.op("retention"), qkv(35)
+    with settings.override(miss="tune"):
+        monkeypatch.setattr(miss, "_why_not_now", lambda problem: "there are ranks")
+        monkeypatch.setattr(miss, "_told", False)
+        with pytest.warns(UserWarning, match="not tuned, since there are ranks"):
+            handle(*args)
+    monkeypatch.undo()
+    monkeypatch.setattr(search, "tune", functools.partial(search.tune, isolate=False, key_seconds=0.01))
+    assert handle.explain(*args).tier == "estimate"
+    with settings.override(miss="tune"):
+        assert "measures it first" in handle.explain(*args).reason
+        handle(*args)
+    assert handle.explain(*args).tier == "user"
+
+
+def test_when_a_miss_is_not_tuned() -> None:
+    assert miss._why_not_now(problem()) == ""
+    assert "captured" in miss._why_not_now(dataclasses.replace(problem(), capture=True))
 
 
 def test_refusals_of_a_forced_variant_name_the_advisory(monkeypatch: pytest.MonkeyPatch) -> None:

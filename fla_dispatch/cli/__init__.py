@@ -1,4 +1,4 @@
-"""`fla-dispatch doctor | ops | explain | demo | cache`: argument parsing alone, so that `--help` needs no torch.
+"""The command line, `fla-dispatch --help`: argument parsing alone, so that help needs no torch.
 
 Each command imports its module when it runs. Exit codes: 0 all is well, 1 something that was expected to work does not,
 2 the command line or the call it describes is wrong.
@@ -115,6 +115,7 @@ def _tune(
     plugin: Plugins = None,
     again: Annotated[bool, typer.Option("--again", help="Measure also what was tried before.")] = False,
     out: Annotated[Path | None, typer.Option(help="A directory that gets the records as packs too.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Compile everything before anything is timed.")] = False,
     json: Json = False,
 ) -> None:
     """Measure and prove what is untried of some keys on this device; every record is kept as soon as it is made."""
@@ -123,7 +124,7 @@ def _tune(
     raise typer.Exit(
         command.run(
             recurrence, matrix, op or [], size or [], dtype or [], packed, grad, initial_state, final_state, device, budget, key_ms,
-            limit, regime, processes, most, plugin or [], again, out, json,
+            limit, regime, processes, most, plugin or [], again, out, quiet, json,
         )
     )  # fmt: skip
 
