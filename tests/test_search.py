@@ -267,7 +267,7 @@ def test_what_does_not_fit_the_device_is_not_proven(store: Store, monkeypatch: p
         def submit(self, job: CompileJob, arch: str) -> None:
             submitted.append(job)
 
-        def result(self, job: CompileJob) -> int | Verdict:
+        def result(self, job: CompileJob, patience: float) -> int | Verdict:
             if job.site.variant == "sweep_triton":
                 return 1 << 20
             return Verdict("timeout", "planted") if job.site.variant == "chunk_triton" else 1024
@@ -344,3 +344,17 @@ def test_verify_finds_what_changed(store: Store, monkeypatch: pytest.MonkeyPatch
     assert [v.status for v in verify(device=CPU, store=store)] == ["stale"]
     store.put(env, record.model_copy(update={"choice": record.choice.model_copy(update={"config": {"C": 12345}})}))
     assert [v.status for v in verify(device=CPU, store=store)] == ["gone"]
+
+
+def test_dispatch_runs_what_was_measured(tmp_path: Path) -> None:
+    """The whole way: a key made from sizes is tuned, and a call of those sizes finds the record."""
+    import fla_dispatch as fd
+
+    with fla_settings.override(cache_dir=str(tmp_path / "cache")):
+        planted.KINDS[:] = ["wrong", "good"]
+        records = tune("linear_attn", [key()], 60, CPU, key_seconds=0.02, isolate=False)
+        made = fd.explain("linear_attn", device="cpu", dtype="float32", grad=True, B=1, T=300, H=2, K=planted.K, V=16)
+        assert made.tier == "user", made.to_text()
+        chosen = {r.direction: r.choice.fingerprint for r in records if r.choice is not None}
+        assert made.forward is not None and made.backward is not None
+        assert fingerprint(*made.forward) == chosen["forward"] and fingerprint(*made.backward) == chosen["backward"]

@@ -74,6 +74,7 @@ def run(
     plugins: list[str],
     again: bool,
     out: Path | None,
+    quiet: bool,
     as_json: bool,
 ) -> int:
     """Tune; 1 when a key has no record with a choice afterwards."""
@@ -98,7 +99,8 @@ def run(
 
             tuner = Tuner(
                 recurrence_of(name), found, device=where, budget_seconds=budget - (time.monotonic() - began), key_seconds=key_ms * 1e-3,
-                regime=regime, processes=processes, plugins=plugins, limit_seconds=limit, again=again, most=most, out=out, progress=show,
+                regime=regime, processes=processes, plugins=plugins, limit_seconds=limit, again=again, most=most, out=out, quiet=quiet,
+                progress=show,
             )  # fmt: skip
             tuner.run()
         report.append(_report(name, tuner))

@@ -26,9 +26,9 @@ class Crew:
         if job not in self._jobs:
             self._jobs[job] = self._pool.submit(self._compile, job, arch)
 
-    def result(self, job: CompileJob) -> int | Verdict:
-        """Bytes of shared memory of a compiled launch, or the verdict on its failure; waits for it."""
-        return self._jobs[job].result()
+    def result(self, job: CompileJob, patience: float | None = None) -> int | Verdict:
+        """Bytes of shared memory of a compiled launch, or the verdict on its failure; waits for it, else raises TimeoutError."""
+        return self._jobs[job].result(None if patience is None else max(0.0, patience))
 
     def _compile(self, job: CompileJob, arch: str) -> int | Verdict:
         worker: Worker | None = getattr(self._own, "worker", None)

@@ -146,3 +146,19 @@ def _current(device: DeviceProfile, regime: str, ptxas: str | None, ptxas_blackw
         raise ValueError(f"regime: expected one of {', '.join(REGIMES)}, got {regime!r}. To fix: name one of these.")
     triton = "none" if device.vendor == "cpu" else triton_version()
     return Environment(device_slug(device), triton, compiler_version(device), regime)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions that a record mentions and no key holds."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "fla-dispatch"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    import torch
+
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import importlib.metadata
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -49,20 +46,6 @@ class Event(NamedTuple):
     text: str
 
 
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions that a record mentions and no key holds."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "fla-dispatch"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
-
-
 class Tuner:
     """One run over Keys of one recurrence; see `tune` for the arguments."""
 
@@ -83,6 +66,7 @@ class Tuner:
         again: bool = False,
         most: int = 12,
         out: Path | None = None,
+        quiet: bool = False,
         progress: Callable[[Event], None] | None = None,
     ) -> None:
         assert recurrence.workload is not None, f"{recurrence.name} declares no workload"
@@ -90,7 +74,7 @@ class Tuner:
         self.device = device or default_device()
         self.store = store or get_store()
         self.environment = environment.current(self.device, regime)
-        self.budget, self.regime, self.limit, self.again, self.most = budget_seconds, regime, limit_seconds, again, most
+        self.budget, self.regime, self.limit, self.again, self.most, self.quiet = budget_seconds, regime, limit_seconds, again, most, quiet
         self.plan = Plan(seconds=key_seconds / 2)
         self.out = None if out is None else Path(out) / self.environment.directory / f"{recurrence.name}.jsonl"
         self.progress = progress or (lambda event: None)
@@ -128,9 +112,12 @@ class Tuner:
         ahead = 0
         try:
             for n, group in enumerate(groups):
-                while ahead < min(len(groups), n + 1 + AHEAD):
+                while ahead < min(len(groups), n + 1 + (len(groups) if self.quiet else AHEAD)):
                     self._submit(groups[ahead])
                     ahead += 1
+                if n == 0 and self.quiet:
+                    for each in groups:
+                        self._compiled(each)
                 if self.left <= 0:
                     break
                 with self._counted("compile"):
@@ -142,6 +129,8 @@ class Tuner:
                         break
                     with self._counted("time"):
                         self._time(bench)
+        except TimeoutError:
+            self._say("compile", "", "the budget ended before the next kernels were compiled")
         finally:
             self.worker.close()
             if self.crew is not None:
@@ -220,7 +209,7 @@ class Tuner:
         for name, found in jobs.items():
             for job in found:
                 assert self.crew is not None
-                result = self.crew.result(job)
+                result = self.crew.result(job, self.left)
                 if isinstance(result, Verdict):
                     failed[name] = result
                 elif result > room:
@@ -336,7 +325,7 @@ class Tuner:
             return
         record = make_record(
             self.recurrence.name, record_key(f.key), _name(f.backward), outcomes.values(), default=f.default, order=f.order,
-            incumbent=bench.incumbent(f), kernels={c.variant.name: c.kernel_hash for c in f.worthy}, versions=versions(),
+            incumbent=bench.incumbent(f), kernels={c.variant.name: c.kernel_hash for c in f.worthy}, versions=environment.versions(),
         )  # fmt: skip
         self.store.put(self.environment, record)
         self.records[record.key, record.direction] = record
@@ -376,6 +365,7 @@ def tune(
     again: bool = False,
     most: int = 12,
     out: Path | None = None,
+    quiet: bool = False,
 ) -> list[Record]:
     """Measure what is untried of some Keys on a device and keep the records; returns those of all keys that have one.
 
@@ -384,11 +374,12 @@ def tune(
     imported by each process. limit_seconds: after which a candidate that says nothing is ended. isolate: False runs all
     in this process, for candidates that are trusted. again: measure also what was tried. most: candidates per key and
     direction. out: a directory that gets the records as packs of JSON lines beside the store. progress: called with Events.
+    quiet: compile everything before anything is timed, instead of beside it.
     """
     recurrence = op_or_recurrence if isinstance(op_or_recurrence, Recurrence) else recurrence_of(op_or_recurrence)
     tuner = Tuner(
         recurrence, keys, device=device, store=store, budget_seconds=budget_seconds, key_seconds=key_seconds, regime=regime,
         processes=processes, plugins=plugins, limit_seconds=limit_seconds, isolate=isolate, again=again, most=most, out=out,
-        progress=progress,
+        quiet=quiet, progress=progress,
     )  # fmt: skip
     return tuner.run()
