@@ -174,7 +174,7 @@ def poisoned() -> Iterator[None]:
 def gradient_scales(op: str, inputs: Inputs, grads: Tensors) -> dict[str, float]:
     """What errors of gate gradients are relative to (others: the gradient's own norm). See cases.gate_gradient_scale.
 
-    In mamba2 the gate is d_t A, so its scale reaches dt and dt_bias times |A|, and A times the steps d_t.
+    In mamba2 the gate is d_t A: its scale reaches dt times |A|; dt_bias and A are sums over tokens of such terms.
     """
     if op == "simple_gla":
         return {"g": gate_gradient_scale(grads["g"], inputs.leaves()["q"], grads["q"])}
@@ -184,8 +184,9 @@ def gradient_scales(op: str, inputs: Inputs, grads: Tensors) -> dict[str, float]
     low = registry.get_op(op).contract(*inputs.args, **inputs.kwargs)
     steps = low.prepare(low.tensors).beta.double()
     terms = gate_gradient_scale(grads["C"][..., :0], leaves["C"], grads["C"])
-    rate, step = leaves["A"].double().abs().amax().item(), steps.amax().item() if steps.numel() else 0.0
-    floor = {"dt": rate * terms, "dt_bias": rate * terms, "A": step * terms}
+    rate = leaves["A"].double().abs().amax().item()
+    many = steps.numel() ** 0.5  # sums over tokens: |sum_t x_t e_t| <= |x| |e|, and the gates' errors are correlated
+    floor = {"dt": rate * terms, "dt_bias": rate * many * terms, "A": steps.norm().item() * terms}
     return {name: max(x, grads[name].double().norm().item()) for name, x in floor.items() if name in grads}
 
 

@@ -7,6 +7,7 @@ variant runs as plain differentiable code, because these must see its operations
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
 import torch
@@ -126,6 +127,17 @@ def run_ops(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> t
     return RecurrenceFunction.apply((bridge, None, tensors, options, choice), *present) + bridge.nothing[bridge.n_carried :]
 
 
+_plain_kinds: set[tuple[type, ...]] = set()
+
+
+def _plain(kinds: tuple[type, ...]) -> bool:
+    """Whether all types are plain tensors or None; remembered, because there are few patterns and one check per call."""
+    found = all(kind in (Tensor, Parameter, NoneType) for kind in kinds)
+    if found:
+        _plain_kinds.add(kinds)
+    return found
+
+
 def run(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> tuple[Any, ...]:
     """All outputs of a recurrence outside of traces; None for those that carry no gradient when a gradient is recorded.
 
@@ -135,18 +147,12 @@ def run(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> tuple
         bridge.check(tensors, options)
         plan = bridge.plans.lookup(tensors, options, None, choice)
         return plan.forward(plan.forward_config, tensors, options)
-    grad, plain = False, not _modes_active()
-    for x in tensors:
-        if x is not None:
-            if x.requires_grad:
-                grad = True
-            if type(x) is not Tensor and type(x) is not Parameter:
-                plain = False
-    if not plain or tensors[0].is_meta:
+    kinds = tuple(map(type, tensors))
+    if (kinds not in _plain_kinds and not _plain(kinds)) or _modes_active() or tensors[0].is_meta:
         bridge.count_flops()
         return run_ops(bridge, tensors, options, choice)
     bridge.check(tensors, options)
-    if grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and needs_grad(bridge, tensors):
         return run_recording(bridge, bridge.plans.lookup(tensors, options, True, choice), tensors, options, choice)
     plan = bridge.plans.lookup(tensors, options, False, choice)
     return plan.forward(plan.forward_config, tensors, options)

@@ -90,6 +90,8 @@ def _bad_device(where: str, name: str, x: torch.Tensor, device: torch.device, li
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on x's device, None when it is off."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
