@@ -7,6 +7,7 @@ either: a directory that is read-only, full or gone leaves the record in memory,
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import threading
@@ -59,6 +60,7 @@ class _Place(NamedTuple):
 _SIZES = re.compile(r"(.*&group=\d+)&BH=(\d+)&T=(\d+)&N=(\d+)&mean=(\d+)(&.*)")
 
 
+@functools.lru_cache(maxsize=65536)
 def split_key(key: str) -> tuple[str, tuple[int, ...]]:
     """The exact fields of a key's text, and its bucketed sizes (BH, T, N, mean)."""
     found = _SIZES.fullmatch(key)
@@ -70,7 +72,7 @@ def split_key(key: str) -> tuple[str, tuple[int, ...]]:
 
 def key_distance(a: str, b: str) -> float:
     """How far apart the bucketed sizes of two keys are; infinite unless all other fields are equal and each size is near."""
-    (exact, ours), (other, theirs) = split_key(a), split_key(b)
+    (exact, ours), (other, theirs) = split_key(a), split_key(b)  # remembered: a miss compares with every record's key
     if exact != other:
         return math.inf
     steps = [abs(math.log2(max(m, 0.5)) - math.log2(max(n, 0.5))) for m, n in zip(ours, theirs, strict=True)]
