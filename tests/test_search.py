@@ -239,7 +239,7 @@ def test_compile_crew() -> None:
     site = Site("scalar_decay", variant.name, variant.configs(real)[0], False, real)
     assert len(launches(site)) == 1 and launches(site._replace(variant="chunk_torch", config=None)) == []
     planted.compiler.plant()
-    crew = Crew(2, ["planted", "planted.compiler"], limit=6)
+    crew = Crew(2, ["planted", "planted.compiler"], limit=10)
     try:
         jobs = {"real": CompileJob(site, 0)}
         for kind in ("good", "huge", "hang", "abort", "compile_error"):

@@ -130,6 +130,7 @@ def _report(name: str, tuner: Tuner) -> dict[str, Any]:
         "rejected": [{"candidate": c, "status": s, "detail": o.detail} for (c, s), o in sorted(outcomes.items())],
         "failures": [{"key": k, "detail": d} for k, d in tuner.failures],
         "seconds": tuner.seconds,
+        "compiled": {"ahead": 0 if tuner.crew is None else tuner.crew.count, "late": tuner.late},
     }
 
 
@@ -139,7 +140,7 @@ def _print(part: dict[str, Any]) -> None:
     console.print(f"{part['recurrence']} on {part['environment']}")
     console.print(
         f"  {part['done']} keys measured, {part['known']} known, {part['keys'] - part['done'] - part['known']} left; "
-        f"{part['records']} records; {spent}"
+        f"{part['records']} records; {spent}; {part['compiled']['ahead']} kernels compiled ahead, {part['compiled']['late']} late"
     )
     for name, count in part["chosen"].items():
         console.print(f"  {count:5d}  {name}")

@@ -15,11 +15,16 @@ class Crew:
     """Some workers behind a queue of compile jobs; a job that kills or blocks its process costs that job."""
 
     def __init__(self, count: int, plugins: Sequence[str], limit: float) -> None:
-        self._plugins, self._limit = tuple(plugins), limit
+        self._plugins, self._limit = ("triton", *plugins), limit  # imported before the clock of the first job starts
         self._pool = concurrent.futures.ThreadPoolExecutor(count, thread_name_prefix="compile")
         self._own = threading.local()
         self._workers: list[Worker] = []
         self._jobs: dict[CompileJob, concurrent.futures.Future[int | Verdict]] = {}
+
+    @property
+    def count(self) -> int:
+        """Jobs so far."""
+        return len(self._jobs)
 
     def submit(self, job: CompileJob, arch: str) -> None:
         """Queue a job unless it is known."""

@@ -1,7 +1,8 @@
 """What a worker does: compile, prove and time candidates that are named, and say before each which one it is.
 
 Events of `prove` and `time`: ("begin", i), ("end", i, Verdict); of `time` also ("skip", i) for a candidate that is estimated to
-be hopeless, and at the end ("times", {i: Timing}, {i: peak bytes}).
+be hopeless, and at the end ("times", {i: Timing}, {i: peak bytes}). ("late", n) says that n kernels were compiled on the way,
+which the crew should have done.
 """
 
 from __future__ import annotations
@@ -62,15 +63,30 @@ def _in_compiler(error: BaseException) -> bool:
 class Jobs:
     """The jobs of one process, and what it keeps between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, isolated: bool = False) -> None:
+        self.isolated = isolated
         self._provers: dict[tuple[str, torch.device], Prover] = {}
         self._clocks: dict[tuple[torch.device, str], timing.Clock] = {}
         self._compiling: str | None = None
+        self._late: int | None = None
 
     def run(self, function: str, arguments: dict[str, Any], emit: Emit) -> None:
         """Run a job; raises what it raises, `worker.Broken` when the device's context is lost."""
         table: dict[str, Callable[..., None]] = {"compile": self.compile, "prove": self.prove, "time": self.time}
         table[function](emit, **arguments)
+        if self._late:
+            emit(("late", self._late))
+            self._late = 0
+
+    def count_compilations(self) -> None:
+        """From now on say how many kernels were compiled, once Triton is here; for a process of its own."""
+        from triton import knobs
+
+        def listen(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
+            self._late = (self._late or 0) + (not cache_hit)
+
+        self._late = 0
+        knobs.compilation.listener = listen
 
     def compile(self, emit: Emit, job: CompileJob, arch: str) -> None:
         """Compile one launch; the event is its bytes of shared memory."""
@@ -82,6 +98,8 @@ class Jobs:
 
     def prove(self, emit: Emit, recurrence: str, device: torch.device, proof_key: Problem, entries: list[Entry]) -> None:
         """Prove candidates of one proof key."""
+        if self.isolated and device.type != "cpu" and self._late is None:
+            self.count_compilations()
         found = registry.get_recurrence(recurrence)
         prover = self._provers.setdefault((recurrence, device), Prover(found, device))
         for e in entries:

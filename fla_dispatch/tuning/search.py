@@ -87,6 +87,7 @@ class Tuner:
         self.records: dict[tuple[str, str], Record] = {}
         self.failures: list[tuple[str, str]] = []
         self.known = self.done = self.total = 0
+        self.late = 0  # kernels that the worker compiled because the crew had not
         self.seconds = {"compile": 0.0, "prove": 0.0, "time": 0.0}
         self._verdicts: dict[tuple[str, bool], Verdict] = {}
         self._submitted: dict[tuple[Problem, str, bool], tuple[CompileJob, ...]] = {}
@@ -231,6 +232,8 @@ class Tuner:
                     current = number if kind == "begin" else None
                     if kind == "end":
                         results[number] = rest[0]
+                    elif kind == "late":
+                        self.late += number
             except (Lost, JobError) as error:
                 guilty = remaining[0].number if current is None and not results else current
                 if guilty is not None:
@@ -271,6 +274,8 @@ class Tuner:
                     elif kind == "times":
                         times.update({names[i]: (t, rest[1].get(i)) for i, t in rest[0].items()})
                         finished = True
+                    elif kind == "late":
+                        self.late += rest[0]
                 break
             except JobError as error:
                 self.failures.append((bench.key.text(), f"{error.status}: {error.detail}"))

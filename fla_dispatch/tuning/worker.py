@@ -174,7 +174,7 @@ def serve(descriptor: int, plugins: Sequence[str], threads: int) -> None:
 
     for name in plugins:
         importlib.import_module(name)
-    jobs = Jobs()
+    jobs = Jobs(isolated=True)
     pipe.send(("ready",))
     while True:
         try:
