@@ -13,7 +13,7 @@ from fla_dispatch.problem import Problem
 from fla_dispatch.registry import Direction, Variant
 from fla_dispatch.requirements import Dim
 
-NAME = "planted_torch"
+NAME = "misbehaving_torch"
 
 #: K of the keys that the planted variant runs: no other test has it.
 K = 24

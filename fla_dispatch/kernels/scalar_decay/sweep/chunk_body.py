@@ -164,14 +164,13 @@ def sweep_chunks(
                 b_o *= b_r[:, None]
                 if i_e == 0:
                     tl.store(r_out + (first + o_t) * HV, b_r, mask=m_t)
-            if REVERSE and x is not None:  # before the row weight: its partner is the weight's gradient
-                b_x = tl.load(x + first * s_x + o_t[:, None] * s_x + o_e[None, :], mask=m_t[:, None] & m_e[None, :], other=0.0)
-                tl.store(dot + (first + o_t) * HV, tl.sum(b_o * b_x.to(tl.float32), 1), mask=m_t)
+            b_raw = b_o
             if W == 1:
                 b_o *= b_w[:, None]
-            if (not REVERSE) and x is not None:
+            if x is not None:  # reversed: before the row weight, because the sum is then the gradient of the weight
                 b_x = tl.load(x + first * s_x + o_t[:, None] * s_x + o_e[None, :], mask=m_t[:, None] & m_e[None, :], other=0.0)
-                tl.store(dot + (first + o_t) * HV, tl.sum(b_o * b_x.to(tl.float32), 1), mask=m_t)
+                b_sum = tl.sum((b_raw if REVERSE else b_o) * b_x.to(tl.float32), 1)
+                tl.store(dot + (first + o_t) * HV, b_sum, mask=m_t)
             p_o = o + first * s_o + o_t[:, None] * s_o + o_e[None, :]
             tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_t[:, None] & m_e[None, :])
         # (7)
@@ -203,10 +202,7 @@ def sweep_chunks(
     if s_out is not None:
         tl.store(s_out + p_s, b_s, mask=m_s)
     if z_out is not None:
-        if Z == 2 or Z == 3:
-            tl.store(z_out + o_z, b_z, mask=m_z)
-        elif i_e == 0:
-            tl.store(z_out + o_z, b_z, mask=m_z)
+        mine = (i_e == 0) | (Z == 2) | (Z == 3)  # a row over D is the same in every tile of E
+        tl.store(z_out + o_z, b_z, mask=m_z & mine)
     if g_out is not None:
-        if i_e == 0:
-            tl.store(g_out, unit_decay)
+        tl.store(g_out, unit_decay, mask=i_e == 0)
