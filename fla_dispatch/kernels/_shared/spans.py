@@ -11,11 +11,12 @@ def unit_span(
     i_u,
     T,
     N,
-    SEG: tl.constexpr,  # tokens per segment; 0: a unit is a whole sequence
+    SEG,  # tokens per segment
+    SEGMENTED: tl.constexpr,  # a unit is a segment; else a whole sequence
     PACKED: tl.constexpr,
 ):
     """(first token as int64, number of tokens) of unit i_u: a sequence, or a segment of one. Units past the last are empty."""
-    if SEG == 0:
+    if not SEGMENTED:
         if PACKED:
             begin = tl.load(cu + i_u).to(tl.int64)
             length = (tl.load(cu + i_u + 1).to(tl.int64) - begin).to(tl.int32)

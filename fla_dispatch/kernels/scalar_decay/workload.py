@@ -143,11 +143,10 @@ def oracle(trial: Trial) -> tuple[str, Any]:
 
 
 def scales(t: Tensors, gradients: Gradients) -> dict[str, float]:
-    """dg sums terms q . dq of later tokens that may cancel; its error is relative to them, and their errors add like a random walk."""
+    """dg sums terms q . dq that may cancel; its error is relative to them (see `gate_gradient_scale`)."""
     if gradients.g is None or gradients.q is None:
         return {}
-    terms = gate_gradient_scale(gradients.g[:, :0], t.q, gradients.q)
-    return {"g": max(gradients.g.norm().item(), terms * max(1.0, t.q.shape[1] / 32) ** 0.5)}
+    return {"g": max(gradients.g.norm().item(), gate_gradient_scale(gradients.g[:, :0], t.q, gradients.q))}
 
 
 WORKLOAD = Workload(

@@ -74,7 +74,7 @@ def sweep(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "N", "total", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "total", "scale", "SEG", "H", "HV"])
 def sweep_backward(
     q,  # [B, T, H, K], token stride s_q
     k,  # [B, T, H, K], token stride s_k
@@ -104,6 +104,7 @@ def sweep_backward(
     s_k,
     s_v,
     s_do,
+    SEG,
     H,
     HV,
     K: tl.constexpr,
@@ -112,7 +113,7 @@ def sweep_backward(
     BV: tl.constexpr,
     BE: tl.constexpr,
     BT: tl.constexpr,
-    SEG: tl.constexpr,
+    SEGMENTED: tl.constexpr,
     DECAY: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -133,7 +134,7 @@ def sweep_backward(
     i_nh = pid // NE
     i_hv = i_nh % HV
     i_h = i_hv // (HV // H)
-    begin, length = unit_span(cu, offsets, i_nh // HV, T, N, SEG, PACKED)
+    begin, length = unit_span(cu, offsets, i_nh // HV, T, N, SEG, SEGMENTED, PACKED)
     o_state = tl.cast(i_nh, tl.int64) * K
     p_token = begin * HV + i_hv
     p_q = q + begin * s_q + i_h * K
@@ -224,7 +225,7 @@ def run_backward(
     args = (
         c.q, c.k, c.v, do, c.g, w, u, c.h0 if whole else h0, c.z0 if whole else z0, dS, dz, c.cu, offsets,
         out.dq, out.dk, out.dv, out.dh0 if whole else None, out.dz0 if whole else None, out.dot_q, out.dot_v,
-        c.T, c.N, c.B * c.T, o.scale, c.s_q, c.s_k, c.s_v, s_do, c.H, c.HV,
+        c.T, c.N, c.B * c.T, o.scale, c.s_q, c.s_k, c.s_v, s_do, SEG, c.H, c.HV,
     )  # fmt: skip
     same = {
         **constants(c, o),
@@ -232,7 +233,7 @@ def run_backward(
         "BV": BV,
         "BE": BE,
         "BT": BT,
-        "SEG": SEG,
+        "SEGMENTED": SEG > 0,
         "TOKENS": BT == 0,
         "EXACT": exact(c, o),
         "STAGES": stages,

@@ -18,7 +18,7 @@ from .host import Call, constants, padded, tiles
 from .token_body import sweep_tokens
 
 
-@triton.jit(do_not_specialize=["T", "N", "total", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "total", "scale", "SEG", "H", "HV"])
 def sweep_forward(
     q,  # [B, T, H, K], token stride s_q
     k,  # [B, T, H, K], token stride s_k
@@ -40,6 +40,7 @@ def sweep_forward(
     s_q,
     s_k,
     s_v,
+    SEG,
     H,
     HV,
     K: tl.constexpr,
@@ -47,7 +48,7 @@ def sweep_forward(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BT: tl.constexpr,
-    SEG: tl.constexpr,
+    SEGMENTED: tl.constexpr,
     DECAY: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -63,7 +64,7 @@ def sweep_forward(
     i_nh = pid // NV
     i_hv = i_nh % HV
     i_h = i_hv // (HV // H)
-    begin, length = unit_span(cu, offsets, i_nh // HV, T, N, SEG, PACKED)
+    begin, length = unit_span(cu, offsets, i_nh // HV, T, N, SEG, SEGMENTED, PACKED)
     o_state = tl.cast(i_nh, tl.int64) * K
     p_token = begin * HV + i_hv
     if DECAY == 2:
@@ -117,9 +118,9 @@ def run_forward(
         (
             c.q, c.k, c.v, c.g, c.beta, c.h0 if whole else h0, c.z0 if whole else z0, c.cu, offsets, out.o,
             out.state if final else None, out.z if final and o.normalize else None, out.weight if o.normalize else None,
-            c.T, c.N, c.B * c.T, o.scale, c.s_q, c.s_k, c.s_v, c.H, c.HV,
+            c.T, c.N, c.B * c.T, o.scale, c.s_q, c.s_k, c.s_v, SEG, c.H, c.HV,
         ),
-        {**constants(c, o), "BK": BK, "BV": BV, "BT": BT, "SEG": SEG, "TOKENS": BT == 0, "STAGES": stages},
+        {**constants(c, o), "BK": BK, "BV": BV, "BT": BT, "SEGMENTED": SEG > 0, "TOKENS": BT == 0, "STAGES": stages},
         warps,
         stages,
     )  # fmt: skip

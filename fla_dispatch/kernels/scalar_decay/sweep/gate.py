@@ -16,7 +16,7 @@ from .backward import Buffers
 from .host import Call
 
 
-@triton.jit(do_not_specialize=["T", "N", "total"])
+@triton.jit(do_not_specialize=["T", "N", "total", "HV"])
 def gate_gradient(
     dot_q,  # [NK, B, T, HV]
     dot_v,  # [NV, B, T, HV]
@@ -38,7 +38,7 @@ def gate_gradient(
     i_n = tl.program_id(0)
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     m_h = o_h < HV
-    begin, length = unit_span(cu, None, i_n, T, N, 0, PACKED)
+    begin, length = unit_span(cu, None, i_n, T, N, 0, False, PACKED)
     o_t = tl.arange(0, BT)
     earlier = tl.zeros([BH], tl.float32)
     if start is not None:

@@ -16,7 +16,7 @@ from .. import MIN_LOG_DECAY
 from .chunk_body import LOG2E
 
 
-@triton.jit(do_not_specialize=["T", "N", "total"])
+@triton.jit(do_not_specialize=["T", "N", "total", "HV"])
 def accumulate_gates(
     g,  # [B, T, HV] log decays
     out,  # [HV, B * T] float32
@@ -32,7 +32,7 @@ def accumulate_gates(
 ):
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     m_h = o_h < HV
-    begin, length = unit_span(cu, None, tl.program_id(0), T, N, 0, PACKED)
+    begin, length = unit_span(cu, None, tl.program_id(0), T, N, 0, False, PACKED)
     o_t = tl.arange(0, BT)
     plane = tl.cast(total, tl.int64)
     for i_t in range(tl.program_id(2), tl.cdiv(length, BT), tl.num_programs(2)):

@@ -12,7 +12,7 @@ import triton.language as tl
 from ..._shared.launch import launch, tile
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "HV"])
 def negative_row_dot(
     do,  # [B * T, HV, V], token stride s_do
     o,  # [B * T, HV, V] contiguous

@@ -12,7 +12,7 @@ import triton.language as tl
 from ..._shared.launch import launch
 
 
-@triton.jit(do_not_specialize=["per_row"])
+@triton.jit(do_not_specialize=["per_row", "HV"])
 def compose_segments(
     local,  # [units, HV, SIZE] states from zero
     decays,  # [units, HV] log2, or None

@@ -17,7 +17,7 @@ from .chunk_body import sweep_chunks
 from .host import Call, constants, padded, tiles
 
 
-@triton.jit(do_not_specialize=["T", "N", "total", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "total", "scale", "SEG", "H", "HV"])
 def segment_states(
     b,  # [B, T, H, K], token stride s_b
     c,  # [B, T, HV, V], token stride s_c
@@ -35,6 +35,7 @@ def segment_states(
     scale,
     s_b,
     s_c,
+    SEG,
     H,
     HV,
     K: tl.constexpr,
@@ -42,7 +43,7 @@ def segment_states(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BT: tl.constexpr,
-    SEG: tl.constexpr,
+    SEGMENTED: tl.constexpr,
     DECAY: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -59,7 +60,7 @@ def segment_states(
     i_uh = pid // NV
     i_hv = i_uh % HV
     i_h = i_hv // (HV // H)
-    begin, length = unit_span(cu, offsets, i_uh // HV, T, N, SEG, PACKED)
+    begin, length = unit_span(cu, offsets, i_uh // HV, T, N, SEG, SEGMENTED, PACKED)
     o_state = tl.cast(i_uh, tl.int64) * K
     p_token = begin * HV + i_hv
     if DECAY == 2:
@@ -113,9 +114,18 @@ def run_segments(
         (units * c.HV * tiles(c.V, BE),),
         (
             b, x, c.g, w, u, c.cu, offsets, out.states, out.z, out.decays,
-            c.T, c.N, c.B * c.T, o.scale, s_b, s_x, c.H, c.HV,
+            c.T, c.N, c.B * c.T, o.scale, s_b, s_x, SEG, c.H, c.HV,
         ),
-        {**constants(c, o), "BK": padded(c)[0], "BV": BE, "BT": BT, "SEG": SEG, "REVERSE": reverse, "EXACT": exact, "STAGES": stages},
+        {
+            **constants(c, o),
+            "BK": padded(c)[0],
+            "BV": BE,
+            "BT": BT,
+            "SEGMENTED": True,
+            "REVERSE": reverse,
+            "EXACT": exact,
+            "STAGES": stages,
+        },
         warps,
         stages,
     )  # fmt: skip
