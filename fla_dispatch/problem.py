@@ -80,7 +80,7 @@ class Problem:
             T=length_bucket(self.T),
             mean_length=length_bucket(self.mean_length),
             BH=count_bucket(self.BH, self.device.units),
-            N=count_bucket(self.N, self.device.units),
+            N=count_bucket(self.N, self.device.units) if self.packed else 1,  # rows of a dense batch count in BH
         )
 
     def text(self) -> str:

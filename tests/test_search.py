@@ -30,6 +30,8 @@ from fla_dispatch.tuning.store import Store
 from fla_dispatch.tuning.verify import verify
 from fla_dispatch.tuning.worker import Inline, Lost, Worker
 
+planted.withdraw()  # importing it registers it, as a worker needs; other tests of this process must not meet it
+
 CPU = torch.device("cpu")
 
 
@@ -282,7 +284,7 @@ def test_what_does_not_fit_the_device_is_not_proven(store: Store, monkeypatch: p
     assert {v.status for (name, _), v in failed.items() if name.startswith("chunk_triton")} == {"timeout"}
     assert not any(name.startswith("recurrent_triton") for name, _ in failed)
     recurrent = {j for j in submitted if j.site.variant == "recurrent_triton"}
-    assert len(recurrent) == 2, "heads that are a multiple of 16, and heads that are not"
+    assert len(recurrent) == 1, "heads are numbers of a run, not of a compilation"
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------------
