@@ -89,12 +89,10 @@ def make(p: Problem, device: torch.device, seed: int = 0) -> tuple[Tensors, Opti
 
 
 def proof_key(p: Problem) -> Problem:
-    """Lengths and counts are arguments of every kernel, and no constants of one; a single query head is one to Triton."""
-    _, H, _ = layout(p)
+    """Lengths, heads and counts are arguments of every kernel, and no constants of one."""
     return dataclasses.replace(
-        p, T=256, mean_length=256, N=1, BH=p.group * (1 if H == 1 else 2), grad=False, capture=False, deterministic=False,
-        interpret=False, forced=False,
-    )  # fmt: skip
+        p, T=256, mean_length=256, N=1, BH=p.group * 2, grad=False, capture=False, deterministic=False, interpret=False, forced=False
+    )
 
 
 #: Lengths around the edges of chunks, none and one token among them.
@@ -104,7 +102,7 @@ _PACK = (0, 1, 2, 63, 64, 65, 2)
 def trials(p: Problem, config: Any) -> tuple[Trial, ...]:
     """One odd length over several chunks, one token, gates under stress, several segments, and more than one wave of blocks.
 
-    The wave has heads in multiples of 16 and the others have not, because Triton compiles the two differently; it is repeated.
+    The wave is repeated.
     """
     few, many = (1, 1) if p.BH // p.group == 1 else (3, 16)
     gated = p.flag("decay") == "token"
