@@ -9,7 +9,7 @@ from __future__ import annotations
 from ...device import DeviceProfile
 
 #: Host time of one Triton launch, and of one small torch operation on a GPU or a CPU, in seconds.
-LAUNCH, TORCH_GPU, TORCH_CPU = 1.5e-5, 8e-6, 1e-5
+LAUNCH, TORCH_GPU, TORCH_CPU = 2.8e-5, 8e-6, 1e-5
 
 
 def kernel_seconds(
