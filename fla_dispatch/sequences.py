@@ -46,18 +46,26 @@ class SeqInfo:
     @classmethod
     def from_lengths(cls, lengths: list[int] | torch.Tensor, device: torch.device | str | None = None) -> SeqInfo:
         """From sequence lengths on the host, e.g. `[5, 0, 130]`."""
-        lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
-        if lengths.dim() != 1 or bool((lengths < 0).any()):
+        lengths = torch.as_tensor(lengths, device="cpu")
+        whole = lengths.numel() == 0 or not (lengths.is_floating_point() or lengths.is_complex())  # an empty list makes a float tensor
+        if lengths.dim() != 1 or not whole or bool((lengths < 0).any()):
             bad_call(
-                "SeqInfo", "lengths", expected="a 1-d list of numbers >= 0", got=repr(lengths.tolist()), fix="pass one length per sequence"
+                "SeqInfo",
+                "lengths",
+                expected="a 1-d list of whole numbers >= 0",
+                got=repr(lengths.tolist()),
+                fix="pass one length per sequence",
             )
-        host = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        host = torch.nn.functional.pad(lengths.to(torch.int64).cumsum(0), (1, 0)).to(torch.int32)
         return cls.from_cu_seqlens(host, device)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, device: torch.device | str | None = None) -> SeqInfo:
         """From cumulative lengths [N + 1], best given on the CPU (a device tensor is copied to the host once, here)."""
-        host = cu_seqlens.detach().to("cpu", torch.int32)
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            fix = "convert it with cu_seqlens.to(torch.int32)"
+            bad_call("SeqInfo", "dtype of cu_seqlens", expected="int32 or int64", got=str(cu_seqlens.dtype), fix=fix)
+        host = cu_seqlens.detach().to("cpu", torch.int32, copy=True)  # a buffer that is filled anew leaves this as it is
         if host.dim() != 1 or host.numel() == 0:
             bad_call(
                 "SeqInfo", "cu_seqlens", expected="shape [N + 1]", got=str(list(host.shape)), fix="pass cumulative lengths [0, ..., T]"

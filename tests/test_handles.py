@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from planting import cheap, planted, planted_module, qkv
 
 import fla_dispatch as fd
 from fla_dispatch import errors, registry, settings
+from fla_dispatch.dispatch import handle as handles
 from fla_dispatch.dispatch import plan as plans
 from fla_dispatch.dispatch.bridge import get_bridge
 
@@ -131,6 +133,9 @@ def test_bound_handle_refuses_other_tensors() -> None:
         bound(q, k, v.clone().requires_grad_())
     with pytest.raises(errors.CallError, match="options are bound"):
         bound(q, k, v, scale=2.0)
+    for no_tensor in (None, v.numpy()):
+        with pytest.raises(errors.CallError, match="bound call"):
+            bound(q, k, no_tensor)
     with torch.no_grad():
         bound(q, k, v.clone().requires_grad_())
     trained = handle.bind(*qkv(grad=True))
@@ -148,3 +153,25 @@ def test_bound_handle_with_a_state_and_with_unpacked_arguments() -> None:
         torch.testing.assert_close(a, b)
     with pytest.raises(errors.CallError, match="initial_state by name"):
         bound(*args)
+
+
+def test_scopes_of_threads_that_overlap_leave_nothing_to_traces() -> None:
+    first, second = fd.use(retention="reference"), fd.use(retention="chunk")
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        one.submit(first.__enter__).result()
+        other.submit(second.__enter__).result()
+        one.submit(first.__exit__, None, None, None).result()
+        assert handles.traced_scope == {"retention": "chunk"}
+        other.submit(second.__exit__, None, None, None).result()
+    assert handles.traced_scope == {}
+
+
+def test_seq_info_is_a_copy_of_whole_numbers() -> None:
+    cu = torch.tensor([0, 10, 33], dtype=torch.int32)
+    info = fd.SeqInfo.from_cu_seqlens(cu)
+    cu[1] = 20
+    assert info.host.tolist() == info.cu_seqlens.tolist() == [0, 10, 33]
+    for wrong in (lambda: fd.SeqInfo.from_lengths([1.5, 2.7]), lambda: fd.SeqInfo.from_cu_seqlens(cu.float())):
+        with pytest.raises(errors.CallError, match="SeqInfo"):
+            wrong()
+    assert fd.SeqInfo.from_lengths([]).host.tolist() == [0]

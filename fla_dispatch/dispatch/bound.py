@@ -66,11 +66,14 @@ class BoundHandle:
         if kwargs or len(given) != len(self._expected):
             self._wrong_arguments()
         grad = False
-        for x, (shape, dtype, device, contiguous) in zip(given, self._expected):  # noqa: B905  strict costs, lengths are equal
-            if x.shape != shape or x.dtype is not dtype or x.get_device() != device or x.is_contiguous() is not contiguous:
-                self._wrong_tensor(x, shape, dtype, contiguous)
-            if x.requires_grad:
-                grad = True
+        try:
+            for x, (shape, dtype, device, contiguous) in zip(given, self._expected):  # noqa: B905  strict costs, lengths are equal
+                if x.shape != shape or x.dtype is not dtype or x.get_device() != device or x.is_contiguous() is not contiguous:
+                    self._wrong_tensor(x, shape, dtype, contiguous)
+                if x.requires_grad:
+                    grad = True
+        except AttributeError:  # None, an array: no tensor
+            self._wrong_arguments()
         # tuple.__new__ makes the NamedTuple without a call of its Python __new__
         tensors = tuple.__new__(self.handle.bridge.tensors, [None if i is None else given[i] for i in self._sources])
         return self._run(tensors, self._finish, grad)

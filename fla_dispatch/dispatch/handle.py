@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ _scope: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("
 #: The innermost scope again, for traced code: a trace guards a module attribute, and cannot read a ContextVar. It belongs
 #: to the process, so a compiled function sees the scope that was entered last in any thread.
 traced_scope: dict[str, str] = {}
+_entered: list[dict[str, str]] = []  # the scopes of all threads that are not left yet, in the order of entering
+_entering = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -38,15 +41,18 @@ def use(**choices: str) -> Iterator[None]:
     global traced_scope
     for name, choice in choices.items():
         check_choice(registry.get_recurrence(registry.get_op(name).recurrence), choice, f"use({name}=...)")
-    before = traced_scope
     merged = {**(_scope.get() or {}), **choices}
     token = _scope.set(merged)
-    traced_scope = merged
+    with _entering:
+        _entered.append(merged)
+        traced_scope = merged
     try:
         yield
     finally:
         _scope.reset(token)
-        traced_scope = before
+        with _entering:  # threads leave in any order: what is left first must not come back
+            _entered[:] = [scope for scope in _entered if scope is not merged]
+            traced_scope = _entered[-1] if _entered else {}
 
 
 class OpHandle:
