@@ -69,6 +69,7 @@ print(time.perf_counter() - started)
         ["demo", "--help"],
         ["warmup", "--help"],
         ["lock", "--help"],
+        ["bench", "--help"],
     ],
 )
 def test_help_imports_no_torch(arguments: list[str]) -> None:

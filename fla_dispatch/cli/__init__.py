@@ -144,6 +144,25 @@ def _verify(
     raise typer.Exit(command.run_verify(device, recurrence, regime, plugin or [], limit, json))
 
 
+@app.command("bench", short_help="Time, rates and errors of an op's variants, as a page.")
+def _bench(
+    op: Annotated[str, typer.Option(help="The op.")],
+    report: Annotated[Path | None, typer.Option(help="An HTML file to write, which needs nothing else to be shown.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="Sizes of the op, NAME=NUMBER,NUMBER; D is every head dim.")] = None,
+    dtype: Annotated[str, typer.Option(help="dtype of the inputs.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="A torch device. Default: a GPU if there is one.")] = None,
+    variants: Annotated[list[str] | None, typer.Option(help="Variants or families, NAME,NAME. Default: all that may run.")] = None,
+    grad: Annotated[bool, typer.Option("--grad", help="Backward too.")] = False,
+    regime: Annotated[str, typer.Option(help="eager or graph.")] = "eager",
+    seconds: Annotated[float, typer.Option(help="Seconds of samples for each size and direction.")] = 0.5,
+    json: Json = False,
+) -> None:
+    """Measure an op's variants at some sizes against float64 and the device's measured ceilings; exits 1 if one fails or is wrong."""
+    from . import bench as command
+
+    raise typer.Exit(command.run(op, report, size or [], dtype, device, variants or [], grad, regime, seconds, json))
+
+
 _add_preparing(app)
 
 

@@ -138,8 +138,10 @@ class Jobs:
                 chosen = [e for e in entries if e.backward == backward]
                 if not chosen or (backward and source is None):
                     continue
-                calls = _backward_calls(found, source, tensors, options, chosen) if backward else _calls(found, tensors, options, chosen)
-                race = _Race(emit, device, clock, regime, {e.number: e for e in chosen})
+                calls = (
+                    backward_calls(found, source, tensors, options, chosen) if backward else forward_calls(found, tensors, options, chosen)
+                )
+                race = Race(emit, device, clock, regime, {e.number: e for e in chosen})
                 samples = timing.race(calls, race.take, plan, always)
                 if samples and not backward:
                     source = race.entries[min((min(s), i) for i, s in samples.items())[1]]
@@ -149,7 +151,7 @@ class Jobs:
         _release(device)
 
 
-def _calls(r: Recurrence, tensors: Any, options: Any, entries: list[Entry]) -> dict[int, timing.Call]:
+def forward_calls(r: Recurrence, tensors: Any, options: Any, entries: list[Entry]) -> dict[int, timing.Call]:
     def call(e: Entry) -> timing.Call:
         module = module_of(r.variant(e.variant))
         return lambda: module.forward(e.config, tensors, options)
@@ -157,7 +159,7 @@ def _calls(r: Recurrence, tensors: Any, options: Any, entries: list[Entry]) -> d
     return {e.number: call(e) for e in entries}
 
 
-def _backward_calls(r: Recurrence, source: Entry | None, tensors: Any, options: Any, entries: list[Entry]) -> dict[int, timing.Call]:
+def backward_calls(r: Recurrence, source: Entry | None, tensors: Any, options: Any, entries: list[Entry]) -> dict[int, timing.Call]:
     assert source is not None
     outputs = r.outputs(*module_of(r.variant(source.variant)).forward(source.config, tensors, options))
     residuals = r.residuals(tensors, outputs, options)
@@ -205,7 +207,7 @@ class _Attempt:
         _release(self.device, always=True)
 
 
-class _Race:
+class Race:
     """Takes the samples of a race: the first of a contender after a warm-up, and none of one that is hopeless."""
 
     def __init__(self, emit: Emit, device: torch.device, clock: timing.Clock, regime: str, entries: dict[int, Entry]) -> None:

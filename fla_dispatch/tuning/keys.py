@@ -51,7 +51,18 @@ def key_of(
 ) -> Problem:
     """The Key of a call of an op with these sizes (the rest as the op's defaults). Raises UnknownNameError for an unknown name."""
     found = registry.get_op(op)
-    whole = dict(found.sizes)
+    whole, real = whole_sizes(op, sizes), dtype_of(dtype)
+    lengths = [whole["T"]] * whole["B"] if packed else None
+    args, kwargs = found.example(whole, real, "meta", lengths=lengths, initial_state=initial_state, output_final_state=final_state)
+    low = found.contract(*args, **kwargs)
+    tensors = low.tensors if low.prepare is None else low.prepare(low.tensors)
+    problem = registry.get_recurrence(low.recurrence).problem(tensors, low.options, grad)
+    return dataclasses.replace(problem, device=device, interpret=False).key()
+
+
+def whole_sizes(op: str, sizes: Mapping[str, int]) -> dict[str, int]:
+    """All sizes of a call of an op; D stands for every head dim, what is not named is the op's default. Raises UnknownNameError."""
+    whole = dict(registry.get_op(op).sizes)
     for name, value in sizes.items():
         if name == "D":
             whole.update({n: value for n in HEAD_DIMS if n in whole})
@@ -59,15 +70,15 @@ def key_of(
             whole[name] = value
         else:
             raise UnknownNameError(f"{op}: no size named {name!r}; {nearest(name, ['D', *whole])}.")
-    real = getattr(torch, dtype, None)
+    return whole
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name. Raises UnknownNameError."""
+    real = getattr(torch, name, None)
     if not isinstance(real, torch.dtype):
-        raise UnknownNameError(f"no dtype named {dtype!r}. To fix: name one of torch's, for example bfloat16.")
-    lengths = [whole["T"]] * whole["B"] if packed else None
-    args, kwargs = found.example(whole, real, "meta", lengths=lengths, initial_state=initial_state, output_final_state=final_state)
-    low = found.contract(*args, **kwargs)
-    tensors = low.tensors if low.prepare is None else low.prepare(low.tensors)
-    problem = registry.get_recurrence(low.recurrence).problem(tensors, low.options, grad)
-    return dataclasses.replace(problem, device=device, interpret=False).key()
+        raise UnknownNameError(f"no dtype named {name!r}. To fix: name one of torch's, for example bfloat16.")
+    return real
 
 
 def expand(row: Mapping[str, Any], device: DeviceProfile) -> list[tuple[str, Problem]]:

@@ -96,7 +96,7 @@ class Prover:
         """The verdict on one direction. Whatever the candidate raises goes through."""
         if proof_key != self._key:
             self._key, self._cases = proof_key, {}
-        run = _backward if backward else _forward
+        run = backward_results if backward else forward_results
         module = module_of(variant)
         errors: dict[str, float] = {}
         bounds: dict[str, float] = {}
@@ -105,12 +105,12 @@ class Prover:
         dtype = getattr(torch, dict(proof_key.dtypes)["qkv"])
         failure: tuple[Status, str] | None = None
         for trial in self.workload.trials(proof_key, config):
-            case = self._case(trial, backward)
+            case = self.case(trial, backward)
             oracles[case.oracle] = None
             tokens = max(tokens, trial.problem.T)
             times = max(REPEATS, trial.repeats) if trial.repeats > 1 else 1
             found, failure = self._attempts(module, run, case, config, times)
-            new = self._errors(found, case, backward)
+            new = self.errors(found, case, backward)
             bounds.update({name: self.workload.tolerance(dtype, name) for name in new})
             errors.update({name: max(x, errors.get(name, 0.0)) for name, x in new.items()})
             bad = [f"{name} {x:.2e} > {bounds[name]:.2e}" for name, x in new.items() if not x <= bounds[name]]
@@ -156,7 +156,7 @@ class Prover:
                 return found, ("racy", f"{where}: run {i + 1} gives other bits of {', '.join(moved)}")
         return first, None
 
-    def _errors(self, found: list[tuple[str, torch.Tensor | None]], case: Case, backward: bool) -> dict[str, float]:
+    def errors(self, found: list[tuple[str, torch.Tensor | None]], case: Case, backward: bool) -> dict[str, float]:
         """Relative errors of one run; infinite for a result of the wrong shape or dtype, or a missing one."""
         named = dict(found)
         truth = case.gradients if backward else case.outputs
@@ -173,7 +173,7 @@ class Prover:
         values = torch.stack(list(numbers.values())).tolist() if numbers else []
         return dict(zip(numbers, values, strict=True))
 
-    def _case(self, trial: Trial, backward: bool) -> Case:
+    def case(self, trial: Trial, backward: bool) -> Case:
         """The trial with its oracle, made once per proof key and direction."""
         found = self._cases.get((trial, backward))
         if found is None:
@@ -215,11 +215,11 @@ def _placed(guards: Guards, x: torch.Tensor | None) -> torch.Tensor | None:
     return guards.place(x) if x is not None and x.is_floating_point() else x
 
 
-def _forward(r: Recurrence, module: Any, config: Any, case: Case, tensors: Any) -> list[tuple[str, torch.Tensor | None]]:
+def forward_results(r: Recurrence, module: Any, config: Any, case: Case, tensors: Any) -> list[tuple[str, torch.Tensor | None]]:
     return list(zip(r.outputs._fields, module.forward(config, tensors, case.options), strict=True))
 
 
-def _backward(r: Recurrence, module: Any, config: Any, case: Case, tensors: Any) -> list[tuple[str, torch.Tensor | None]]:
+def backward_results(r: Recurrence, module: Any, config: Any, case: Case, tensors: Any) -> list[tuple[str, torch.Tensor | None]]:
     residuals = r.saved(tensors, *case.residuals[1:])
     found = module.backward(config, residuals, case.grads, case.options, case.wanted)
     return [(f"d{name}", x) for name, x in zip(r.gradients._fields, found, strict=True)]
