@@ -16,7 +16,7 @@ READY := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/installed)
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 PLAIN = env -u TRITON_INTERPRET -u FLA_DISPATCH_USE $(PYTEST)
 
-.PHONY: run test check test-unit test-interpreter test-compile-ahead test-gpu clean
+.PHONY: run test check test-unit test-interpreter test-compile-ahead test-gpu bench clean
 
 run: $(READY)
 	$(PY) -m fla_dispatch.cli demo
@@ -47,6 +47,11 @@ test-compile-ahead: $(READY)
 # Skips itself where there is no GPU; needs nothing but pytest beside torch, so that PY=python3 serves on a GPU machine.
 test-gpu: $(READY)
 	$(PLAIN) tests/gpu
+
+# On a GPU: the tables of docs/measured.md, as JSON in results/.
+bench: $(READY)
+	$(PY) -m benchmarks.scalar_decay --out results
+	$(PY) -m benchmarks.overhead --out results
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 11) else 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
