@@ -120,6 +120,12 @@ def _look(rows: list[Row]) -> dict[str, dict[str, Any]]:
     return {name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]} for i, name in enumerate(names)}
 
 
+def _legend(figure: Figure, grid: list[Axes]) -> None:
+    """One legend for all axes, below them: inside it would cover points."""
+    found = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=4, fontsize=8)
+
+
 def _roofline(rows: list[Row], directions: list[str], top: dict[str, float]) -> Figure:
     """TFLOP/s over operations per byte; TB/s are the diagonals, of which the ceiling's is drawn. Larger markers are more tokens."""
     figure, grid = _axes(directions, 4.2)
@@ -131,7 +137,7 @@ def _roofline(rows: list[Row], directions: list[str], top: dict[str, float]) -> 
         intensities = [row["flops"] / row["bytes"] for row in here] + [ridge]
         low, high = min(intensities) / 3, max(intensities) * 3
         axes.plot([low, ridge, high], [low * copy, product, product], color="#555555", linewidth=1.2, label="measured ceiling")
-        axes.annotate(f"copy {copy:.3g} TB/s", (low, low * copy), xytext=(4, 10), textcoords="offset points", fontsize=8)
+        axes.annotate(f"copy {copy:.3g} TB/s", (low, low * copy), xytext=(10, -2), textcoords="offset points", fontsize=8)
         axes.annotate(
             f"matrix product {product:.3g} TFLOP/s", (high, product), xytext=(0, 4), textcoords="offset points", fontsize=8, ha="right"
         )
@@ -143,7 +149,7 @@ def _roofline(rows: list[Row], directions: list[str], top: dict[str, float]) -> 
                 color=look["color"], marker=look["marker"], alpha=0.7, label=name,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s", title=direction)
-    grid[0].legend(loc="lower right", fontsize=8)
+    _legend(figure, grid)
     return figure
 
 
@@ -166,5 +172,5 @@ def _times(rows: list[Row], directions: list[str]) -> Figure:
         axes.set_xticks(sorted({row["sizes"]["T"] for row in rows}))
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.minorticks_off()
-    grid[0].legend(loc="upper left", fontsize=8)
+    _legend(figure, grid)
     return figure
