@@ -56,7 +56,7 @@ class SeqInfo:
                 got=repr(lengths.tolist()),
                 fix="pass one length per sequence",
             )
-        host = torch.nn.functional.pad(lengths.to(torch.int64).cumsum(0), (1, 0)).to(torch.int32)
+        host = torch.nn.functional.pad(lengths.to(torch.int64).cumsum(0), (1, 0))
         return cls.from_cu_seqlens(host, device)
 
     @classmethod
@@ -65,11 +65,14 @@ class SeqInfo:
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             fix = "convert it with cu_seqlens.to(torch.int32)"
             bad_call("SeqInfo", "dtype of cu_seqlens", expected="int32 or int64", got=str(cu_seqlens.dtype), fix=fix)
-        host = cu_seqlens.detach().to("cpu", torch.int32, copy=True)  # a buffer that is filled anew leaves this as it is
+        host = cu_seqlens.detach().to("cpu", torch.int64, copy=True)  # a buffer that is filled anew leaves this as it is
         if host.dim() != 1 or host.numel() == 0:
             bad_call(
                 "SeqInfo", "cu_seqlens", expected="shape [N + 1]", got=str(list(host.shape)), fix="pass cumulative lengths [0, ..., T]"
             )
         check_lengths("SeqInfo", host, int(host[-1]))
+        if int(host[-1]) >= 2**31:
+            bad_call("SeqInfo", "tokens of the pack", expected="fewer than 2^31", got=str(int(host[-1])), fix="pack fewer sequences")
+        host = host.to(torch.int32)
         on_device = host.to(cu_seqlens.device if device is None else device)
         return cls(on_device, host, torch.stack([segment_offsets(on_device, s) for s in SEGMENTS]))

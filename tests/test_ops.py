@@ -289,3 +289,10 @@ def test_contracts_are_traceable(op: str) -> None:
         traced(packed.args, packed.kwargs)
     assert len(graphs) == 2
     torch._dynamo.reset()
+
+
+def test_packs_beyond_32_bits_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"fewer than 2\^31"):
+        SeqInfo.from_cu_seqlens(torch.tensor([0, 2**32 + 33]))
+    with pytest.raises(ValueError, match=r"fewer than 2\^31"):
+        SeqInfo.from_lengths([2**31, 5])

@@ -1,7 +1,7 @@
 """The contracts: linear_attn, retention, lightning_attn, simple_gla and mamba2, each a check of its call and a Lowering.
 
 Shared by all (what single docstrings do not repeat): q, k: [B, T, H, K]; v: [B, T, HV, V] with HV a multiple of H, value
-head j using query head j // (HV / H); one dtype of bfloat16, float16, float32 (float64 with mode="reference" alone), which
+head j using query head j // (HV / H); one dtype of bfloat16, float16, float32 (float64 in torch variants alone), which
 o gets too. Under autocast q, k, v are cast to its dtype. Non-contiguous tensors are welcome. scale defaults to K^(-1/2).
 States are float32 [N, HV, K, V] with N = B, or the number of sequences of a pack. cu_seqlens packs N sequences in one row
 (B = 1): cumulative lengths [N + 1], int32 or int64 on q's device, or a SeqInfo. A wrong call raises CallError (a
