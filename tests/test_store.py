@@ -19,7 +19,6 @@ from stored import HERE, key, record
 from fla_dispatch import settings, tuning
 from fla_dispatch.tuning import packs
 from fla_dispatch.tuning.environment import Environment
-from fla_dispatch.tuning.shelf import Name
 from fla_dispatch.tuning.store import Store, StoreWarning, get_store, key_distance, split_key
 
 #: A child process: makes a store of argv[1] and `record(i)`; it loads neither torch nor triton.
@@ -356,22 +355,6 @@ def test_threads_share_a_store(tmp_path: Path, silent: None) -> None:
     for thread in threads:
         thread.join()
     assert not failures and len(store.records()) == 40
-
-
-def test_a_thousand_records_are_found_without_parsing_them(tmp_path: Path, silent: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading a pack tells its lines apart; only the record that is asked for is parsed."""
-    pack = tmp_path / HERE.directory / "scalar_decay.jsonl"
-    pack.parent.mkdir(parents=True)
-    pack.write_text("".join(record(key(BH=n)).to_json() + "\n" for n in range(1000)))
-    parsed = []
-    monkeypatch.setattr(
-        Store, "_parse", lambda self, text, name, original=Store._parse: (parsed.append(name), original(self, text, name))[1]
-    )
-    store = Store(None, (), tmp_path)
-    assert (
-        store.lookup(HERE, "scalar_decay", key(BH=7), "forward") is not None and store.lookup(HERE, "scalar_decay", "no", "forward") is None
-    )
-    assert parsed == [Name("scalar_decay", key(BH=7), "forward")]
 
 
 def test_the_hot_path_imports_no_pydantic(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
     <root>/<slug>/<toolchain>/<recurrence>.jsonl          a pack: one record a line
 
 A file is found by the hash of its key, so that finding one of thousands opens one; a pack is read once, and its lines are told
-apart by how they begin. Nothing here needs pydantic.
+apart by how they begin, as files are when their names are all that is asked. Nothing here needs pydantic.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ class Text(NamedTuple):
 
 # our writer's form, with no white space and no escapes to undo: told apart at a tenth of the cost of parsing a record
 _BEGIN = re.compile(r'\{"schema_version":1,"recurrence":"([^"\\]*)","key":"([^"\\]*)","direction":"(forward|backward)"')
+
+#: Bytes of a file that hold its name in our writer's form.
+_HEAD = 1024
 
 
 def name_of(content: str) -> Name | None:
@@ -93,7 +96,7 @@ class Shelf:
 
     def get(self, name: Name) -> Text | None:
         """The text of a record, of its own file before the pack."""
-        return self._read(self.folder / name.filename) or self._packed().get(name)
+        return self._read(os.path.join(self.folder, name.filename)) or self._packed().get(name)
 
     def put(self, name: Name, content: str) -> Path:
         """Write a record's own file; raises OSError when the directory does not take it."""
@@ -101,52 +104,79 @@ class Shelf:
         write_atomically(path, content)
         return path
 
+    def names(self) -> set[Name]:
+        """Names of all records; of files that begin as ours do no more than the beginning is read."""
+        return {name for path in self.files() if (name := self._name(path, self._head(path))) is not None} | self._packed().keys()
+
     def entries(self) -> Iterator[tuple[Name, Text]]:
-        """Every record by name, those of own files first; what does not begin as a record goes to `unreadable`."""
-        seen = set()
+        """Every record by name, as `get` finds it; what does not begin as a record goes to `unreadable`."""
+        taken = set()
         for path in self.files():
             text = self._read(path)
-            name = None if text is None else name_of(text.content)
-            if text is not None and name is not None and path.name == name.filename:
-                seen.add(name)
-                yield name, text
-            elif text is not None:
-                self._report(str(path), "not a record of this version" if name is None else f"a record of another key, {name.key}")
+            if text is not None:
+                taken.add(os.path.basename(path))
+                name = self._name(path, text.content)
+                if name is not None:
+                    yield name, text
         for name, text in self._packed().items():
-            if name not in seen:
+            if not taken or name.filename not in taken:
                 yield name, text
 
-    def files(self) -> list[Path]:
+    def files(self) -> list[str]:
         """Files of single records."""
         try:
-            return sorted(p for p in self.folder.iterdir() if p.suffix == ".json" and not p.name.startswith("."))
+            found = sorted(name for name in os.listdir(self.folder) if name.endswith(".json") and not name.startswith("."))
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             self._report(str(self.folder), str(error))
             return []
+        return [os.path.join(self.folder, name) for name in found]
+
+    def _name(self, path: str, content: str | None) -> Name | None:
+        """The name of a record in a file of its own, if that is the file for it."""
+        if content is None:
+            return None
+        name = name_of(content)
+        if name is not None and name.filename == os.path.basename(path):
+            return name
+        self._report(path, "not a record of this version" if name is None else f"a record of another key, {name.key}")
+        return None
+
+    def _head(self, path: str) -> str | None:
+        """The beginning of a file that holds its name, or all of a file that begins otherwise."""
+        try:
+            with open(path, "rb", buffering=0) as file:
+                head = file.read(_HEAD).decode(errors="replace")
+        except OSError:
+            head = ""
+        if _BEGIN.match(head):
+            return head
+        text = self._read(path)
+        return None if text is None else text.content
 
     def _report(self, source: str, reason: str) -> None:
         if all(u.source != source for u in self.unreadable):
             self.unreadable.append(Unreadable(source, reason))
 
-    def _read(self, path: Path) -> Text | None:
+    def _read(self, path: str) -> Text | None:
         try:
-            return Text(str(path), path.read_text(encoding="utf-8"))
+            with open(path, "rb", buffering=0) as file:
+                return Text(path, file.read().decode())
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, UnicodeDecodeError) as error:
-            self._report(str(path), str(error))
+            self._report(path, str(error))
             return None
 
     def _packed(self) -> dict[Name, Text]:
         if self._lines is None:
             self._lines = {}
-            whole = self._read(self.pack)
+            whole = self._read(str(self.pack))
             for number, line in enumerate(whole.content.split("\n") if whole else (), 1):
-                name, source = name_of(line), f"{self.pack}:{number}"
+                name = name_of(line)
                 if name is not None:
-                    self._lines.setdefault(name, Text(source, line))
+                    self._lines.setdefault(name, Text(f"{self.pack}:{number}", line))
                 elif line.strip():
-                    self._report(source, "not a record of this version")
+                    self._report(f"{self.pack}:{number}", "not a record of this version")
         return self._lines

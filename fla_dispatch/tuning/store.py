@@ -67,7 +67,7 @@ def split_key(key: str) -> tuple[str, tuple[int, ...]]:
     if found is None:
         return key, ()
     before, *sizes, after = found.groups()
-    return before + after, tuple(int(n) for n in sizes)
+    return before + after, tuple(map(int, sizes))
 
 
 def key_distance(a: str, b: str) -> float:
@@ -95,6 +95,7 @@ class Store:
         self._found: dict[tuple[str, Name], Found | None] = {}
         self._shelves: dict[tuple[_Place, str, str], Shelf] = {}
         self._listed: dict[tuple[str, str], list[Name]] = {}
+        self._loaded: set[tuple[str, str]] = set()
         self.unreadable: list[Unreadable] = []
         self.epoch = 0
 
@@ -197,6 +198,7 @@ class Store:
             self._found.clear()
             self._shelves.clear()
             self._listed.clear()
+            self._loaded.clear()
             self._changed()
 
     def environments(self) -> list[Environment]:
@@ -225,6 +227,7 @@ class Store:
         for e in self.environments() if env is None else [env]:
             for r in self.recurrences(e) if recurrence is None else [recurrence]:
                 if tier is None:
+                    self._load(e, r)
                     hits = (self._lookup(e, name) for name in self._names(e.directory, r))
                     yield from (hit for hit in hits if hit is not None)
                     continue
@@ -234,6 +237,18 @@ class Store:
                         if record is not None:
                             yield Found(record, tier, e, text.source)
 
+    def _load(self, env: Environment, recurrence: str) -> None:
+        """Read and parse all records of an environment that are not remembered yet: each file once, where `_lookup` tries every tier."""
+        at = env.directory, recurrence
+        with self._lock:
+            for place in self.places if at not in self._loaded else ():
+                for name, text in self._entries(place, *at):
+                    known = env.directory, name
+                    record = None if known in self._found or known in self._memory else self._parse(text, name)
+                    if record is not None:
+                        self._found[known] = Found(record, place.tier, env, text.source)
+            self._loaded.add(at)
+
     def _names(self, directory: str, recurrence: str) -> list[Name]:
         """Names of all records of an environment, read from the beginnings of their texts."""
         at = directory, recurrence
@@ -241,7 +256,9 @@ class Store:
             if at not in self._listed:
                 names = {n for d, n in self._memory if (d, n.recurrence) == at}
                 for place in self.places:
-                    names |= {name for name, _ in self._entries(place, directory, recurrence)}
+                    shelf = self._shelf(place, directory, recurrence)
+                    names |= shelf.names()
+                    self._complain(shelf)
                 self._listed[at] = sorted(names)
             return self._listed[at]
 
