@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .precompile import CompileJob
 from .proof import Verdict
-from .worker import JobError, Lost, Worker
+from .worker import JobError, Lost, NotStarted, Worker
 
 
 class Crew:
@@ -19,7 +19,7 @@ class Crew:
         self._pool = concurrent.futures.ThreadPoolExecutor(count, thread_name_prefix="compile")
         self._own = threading.local()
         self._workers: list[Worker] = []
-        self._jobs: dict[CompileJob, concurrent.futures.Future[int | Verdict]] = {}
+        self._jobs: dict[CompileJob, concurrent.futures.Future[int | Verdict | None]] = {}
 
     @property
     def count(self) -> int:
@@ -31,17 +31,22 @@ class Crew:
         if job not in self._jobs:
             self._jobs[job] = self._pool.submit(self._compile, job, arch)
 
-    def result(self, job: CompileJob, patience: float | None = None) -> int | Verdict:
-        """Bytes of shared memory of a compiled launch, or the verdict on its failure; waits for it, else raises TimeoutError."""
+    def result(self, job: CompileJob, patience: float | None = None) -> int | Verdict | None:
+        """Bytes of shared memory of a compiled launch, or the verdict on its failure; waits for it, else raises TimeoutError.
+
+        None where no process came up to compile it.
+        """
         return self._jobs[job].result(None if patience is None else max(0.0, patience))
 
-    def _compile(self, job: CompileJob, arch: str) -> int | Verdict:
+    def _compile(self, job: CompileJob, arch: str) -> int | Verdict | None:
         worker: Worker | None = getattr(self._own, "worker", None)
         if worker is None:
             worker = self._own.worker = Worker(self._plugins)
             self._workers.append(worker)
         try:
             (shared,) = worker.run("compile", {"job": job, "arch": arch}, self._limit)
+        except NotStarted:
+            return None
         except Lost as error:
             return Verdict(error.status, f"while compiling: {error.detail}")
         except JobError as error:

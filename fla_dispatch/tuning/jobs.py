@@ -102,13 +102,14 @@ class Jobs:
             self.count_compilations()
         found = registry.get_recurrence(recurrence)
         prover = self._provers.setdefault((recurrence, device), Prover(found, device))
+        synchronize(device)  # a device that does not answer is no candidate's fault
         for e in entries:
             emit(("begin", e.number))
             attempt = _Attempt(device)
             with attempt:
                 verdict = prover.prove(found.variant(e.variant), e.config, proof_key, backward=e.backward)
-            emit(("end", e.number, attempt.verdict or verdict))
-            attempt.check()
+            if not attempt.failed(emit, e.number):
+                emit(("end", e.number, verdict))
 
     def time(
         self,
@@ -175,7 +176,7 @@ def backward_calls(r: Recurrence, source: Entry | None, tensors: Any, options: A
 
 
 class _Attempt:
-    """Runs a candidate's code: an exception becomes a verdict, and `check` finds out whether the device survived."""
+    """Runs a candidate's code: an exception becomes a verdict, and `failed` finds out whether the device survived."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -193,18 +194,30 @@ class _Attempt:
         error.__traceback__ = None  # its frames hold the candidate's tensors
         return True
 
-    def check(self) -> None:
-        """Raise worker.Broken when nothing more runs on the device."""
-        if self.verdict is None or self.device.type == "cpu":
-            return
-        from .worker import Broken
+    def failed(self, emit: Emit, number: int) -> bool:
+        """Whether there is a verdict, which is emitted; raises worker.Broken after it when nothing more runs on the device.
 
+        A lost device is a crash, wherever its error showed: loading the next kernel raises it inside Triton's compiler.
+        """
+        if self.verdict is None:
+            return False
+        lost = None if self.device.type == "cpu" else self._lost()
+        emit(("end", number, self.verdict if lost is None else self.verdict._replace(status="crash")))
+        if lost is not None:
+            from .worker import Broken
+
+            raise Broken(lost)
+        _release(self.device, always=True)
+        return True
+
+    def _lost(self) -> str | None:
+        """The error of a device that nothing more runs on."""
         try:
             synchronize(self.device)
             torch.zeros(1, device=self.device).item()
         except Exception as error:  # any error here means that the context is lost, whatever its type
-            raise Broken(f"{type(error).__name__}: {error}") from None
-        _release(self.device, always=True)
+            return f"{type(error).__name__}: {error}"
+        return None
 
 
 class Race:
@@ -229,9 +242,7 @@ class Race:
             if number not in self._ready:
                 self._warm(number, call)
             seconds = self.clock.sample(self._ready[number])
-        if attempt.verdict is not None:
-            self.emit(("end", number, attempt.verdict))
-            attempt.check()
+        if attempt.failed(self.emit, number):
             return None
         if seconds < self._best:
             self._best, self._reach = seconds, entry.estimate if entry.estimate < float("inf") else 0.0

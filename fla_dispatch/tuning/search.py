@@ -213,7 +213,7 @@ class Tuner:
                 result = self.crew.result(job, self.left)
                 if isinstance(result, Verdict):
                     failed[name] = result
-                elif result > room:
+                elif result is not None and result > room:
                     failed[name] = Verdict("compile_error", f"needs {result} B of shared memory, a block has {room} B")
         return failed
 
@@ -224,7 +224,7 @@ class Tuner:
         self._say("prove", group.proof_key.text(), f"{len(new)} candidates")
         entries = [Entry(i, c.variant.name, c.config, name[1]) for i, (name, c) in enumerate(new)]
         arguments = {"recurrence": self.recurrence.name, "device": self.device, "proof_key": group.proof_key}
-        remaining = entries
+        remaining, stalled = entries, False
         while remaining:
             current, results = None, {}
             try:
@@ -235,9 +235,13 @@ class Tuner:
                     elif kind == "late":
                         self.late += number
             except (Lost, JobError) as error:
-                guilty = remaining[0].number if current is None and not results else current
-                if guilty is not None:
-                    results[guilty] = Verdict(error.status, error.detail)
+                if current is not None:
+                    results[current] = Verdict(error.status, error.detail)
+                elif not results and stalled:  # no candidate has begun, twice: none is to blame
+                    self.failures.append((group.proof_key.text(), f"{error.status}: {error.detail}"))
+                    self._say("failed", group.proof_key.text(), error.detail)
+                    return
+                stalled = not results
             for number, verdict in results.items():
                 self._verdicts[new[number][0]] = verdict
             remaining = [e for e in remaining if e.number not in results]
@@ -282,7 +286,7 @@ class Tuner:
                 self._say("failed", bench.key.text(), error.detail)
                 break
             except Lost as error:
-                if current is None and not finished:
+                if current is None and not finished and not any(names[e.number] in failed for e in remaining):
                     self.failures.append((bench.key.text(), f"{error.status}: {error.detail}"))
                     break
                 if current is not None:

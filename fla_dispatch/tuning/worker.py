@@ -24,6 +24,9 @@ from .records import Status
 #: Seconds in which a fresh process must have imported torch and the plug-ins.
 START = 120.0
 
+#: Seconds in which a process must have ended once it was told to.
+END = 20.0
+
 
 class Lost(Exception):
     """The process ended or fell silent. status: crash | timeout."""
@@ -32,6 +35,10 @@ class Lost(Exception):
         super().__init__(detail)
         self.status: Status = status
         self.detail = detail
+
+
+class NotStarted(Lost):
+    """The process never served: no job's fault."""
 
 
 class JobError(Exception):
@@ -74,7 +81,10 @@ class Worker:
         if self._pipe is None:
             self.start()
         if not self._ready:
-            self._receive(START)
+            try:
+                self._receive(START)
+            except Lost as error:
+                raise NotStarted(error.status, error.detail) from None
             self._ready = True
         try:
             assert self._pipe is not None
@@ -109,7 +119,7 @@ class Worker:
         if status == "timeout":
             process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
+            process.wait(END)
         code = process.returncode
         if status == "crash":
             name = "did not end" if code is None else signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -128,7 +138,8 @@ class Worker:
         """End the process; a later job starts another."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for as long as its kernel runs
+                self._process.wait(END)
         if self._pipe is not None:
             self._pipe.close()
         if self._stderr is not None:

@@ -64,6 +64,8 @@ def spoil(kind: str, x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         raise KeyError("planted")
     elif kind == "late_abort" and given.shape[1] > LATE:
         os.abort()
+    elif kind == "late_raises" and given.shape[1] > LATE:
+        raise KeyError("planted")
     elif kind == "slow" and given.shape[1] > LATE:
         time.sleep(0.2)
     return x
