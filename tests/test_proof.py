@@ -104,6 +104,24 @@ def test_directions_are_proven_apart(kind: str, status: str) -> None:
     assert verdict(kind, backward=True).status == "ok"
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("what", ["truth", "inputs"])
+def test_a_damaged_oracle_convicts_nobody(backward: bool, what: str) -> None:
+    """What a stray write did to a kept trial is found before the next candidate is called wrong; and who is wrong stays so."""
+    recurrence = registry.get_recurrence("scalar_decay")
+    prover = Prover(recurrence, CPU)
+    variant, config = recurrence.variant(planted.NAME), planted.Planted("good")
+    key = prover.workload.proof_key(problem("none", K=planted.K).key())
+    want = prover.prove(variant, config, key, backward=backward)
+    for trial in prover.workload.trials(key, config):
+        case = prover.case(trial, backward)
+        damaged = case.tensors.v if what == "inputs" else case.gradients.v if backward else case.outputs.o
+        damaged.view(-1)[:3] += 100
+    assert prover.prove(variant, config, key, backward=backward) == want and want.status == "ok"
+    kind = "wrong_backward" if backward else "wrong"
+    assert prover.prove(variant, planted.Planted(kind), key, backward=backward).status == "wrong"
+
+
 def test_what_a_candidate_raises_goes_through() -> None:
     for kind, status in (("no_memory", "oom"), ("compile_error", "compile_error"), ("raises", "crash")):
         with pytest.raises(Exception, match="planted") as caught:
