@@ -74,9 +74,12 @@ class Compilation:
         self._seen: dict[Site, tuple[CompileJob, ...]] = {}
 
     def jobs(self, site: Site) -> tuple[CompileJob, ...]:
-        """The jobs that a site needs, each the first of its kind."""
+        """The jobs that a site needs, each the first of its kind; none where host code raises without a device: its proof will say so."""
         if site not in self._seen:
-            found = launches(site)
+            try:
+                found = launches(site)
+            except Exception:  # a candidate's own code, in the tuner's process; the worker meets whatever is its fault
+                found = []
             key = compiler(self.recurrence).launch_key if found else None
             keyed = [(key(launch), CompileJob(site, i)) for i, launch in enumerate(found)] if key else []
             self._seen[site] = tuple(dict.fromkeys(self._jobs.setdefault(k, job) for k, job in keyed))
