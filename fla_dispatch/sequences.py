@@ -36,7 +36,7 @@ class SeqInfo:
     """Packing of a batch; tensors only, so that nothing of it is a Python number in a trace.
 
     cu_seqlens: [N + 1] int32 on the device of the data; host: the same on the CPU; segments: [len(SEGMENTS), N + 1] int32
-    on the device, cumulative segment counts for each length in SEGMENTS.
+    on the device, cumulative segment counts for each length in SEGMENTS, each row aligned to 16 bytes.
     """
 
     cu_seqlens: torch.Tensor
@@ -75,4 +75,7 @@ class SeqInfo:
             bad_call("SeqInfo", "tokens of the pack", expected="fewer than 2^31", got=str(int(host[-1])), fix="pack fewer sequences")
         host = host.to(torch.int32)
         on_device = host.to(cu_seqlens.device if device is None else device)
-        return cls(on_device, host, torch.stack([segment_offsets(on_device, s) for s in SEGMENTS]))
+        table = torch.stack([segment_offsets(on_device, s) for s in SEGMENTS])
+        # rows four times as far apart as they are long begin at a multiple of 16 bytes whatever N is: a kernel is compiled for a
+        # pointer that does, and again for one that does not
+        return cls(on_device, host, torch.nn.functional.pad(table, (0, 3 * table.shape[1]))[:, : table.shape[1]])
