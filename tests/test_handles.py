@@ -52,7 +52,7 @@ def test_plan_cache_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     for K in range(16, 26):
         _, tensors, options, _, _ = contract(*qkv(K=K))
         cache.lookup(tensors, options, False, None)
-        assert len(cache._by_facts) <= 4
+        assert len(cache._by_facts) <= 4 and len(cache._by_key) <= 4
 
 
 def test_threads_agree_on_one_plan() -> None:

@@ -24,7 +24,7 @@ from .tiers import Decision, check_choice, decide
 _deterministic = torch._C._get_deterministic_algorithms
 _CPU = torch.device("cpu")
 
-#: Raw facts kept per recurrence before the cache starts anew (packs of ever new shapes would grow it without end).
+#: Raw facts, and Keys, kept per recurrence before the cache starts anew (packs of ever new shapes would grow it without end).
 MOST_PLANS = 16_384
 
 
@@ -169,6 +169,8 @@ class Plans:
                     plan = _plain(self._recurrence, problem, choice)
                 else:
                     plan = _plan(self._recurrence, problem, choice, tensors[0].device)
+                if len(self._by_key) >= MOST_PLANS:
+                    self._by_key = {}
                 self._by_key[key] = plan
             if len(self._by_facts) >= MOST_PLANS:
                 self._by_facts = {}
