@@ -57,5 +57,10 @@ def machine() -> dict[str, Any]:
 
 
 def write(out: pathlib.Path, name: str, **content: Any) -> None:
+    """Write results; a run that is cut meanwhile leaves the file of before."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
+    if "machine" not in content:
+        content = {"machine": machine(), **content}
+    new = out / f"{name}.json.new"
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(out / f"{name}.json")
