@@ -1,6 +1,6 @@
 """Markdown tables of benchmark results, as docs/measured.md shows them.
 
-python -m benchmarks.tables benchmarks/results/h200/scalar_decay.json
+python -m benchmarks.tables benchmarks/results/h200/scalar_decay.json benchmarks/results/h200/peers.json
 """
 
 from __future__ import annotations
@@ -40,11 +40,75 @@ def overhead(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _form(x: float | None, form: str) -> str:
+    return "-" if x is None else format(x, form)
+
+
+def _gradient_error(errors: dict[str, float]) -> str:
+    found = [(e, name) for name, e in errors.items() if name.startswith("d")]
+    return "-" if not found else f"{max(found)[0]:.1e} ({max(found)[1]})"
+
+
+def peers(content: dict[str, Any]) -> str:
+    """Two tables, calls of many tokens and steps of one, a row per case and library; then what refused or failed."""
+    lines = [
+        "| op | (B, T, H, D) | library | forward ms | graph | fwd + bwd ms | graph | extra MiB | host us | error of o | of gradients |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    steps = [
+        "| step | (B, H, D) | library | ms | graph | TB/s | host us | error of o | of state |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for r in content["rows"]:
+        shape, library, errors = r["shape"], r["library"], r.get("errors", {})
+        times = [_ms(r.get(f"{d}_{w}")) for d in ("forward", "both") for w in ("ms", "graph_ms")]
+        if r["decode"]:
+            ms = r.get("forward_graph_ms") or r.get("forward_ms")
+            rate = _form(None if ms is None else r["state_bytes"] / ms / 1e9, ".2f")
+            steps.append(
+                f"| {r['op']} | {shape[0]}, {shape[2]}, {shape[3]} | {library} | {_form(r.get('forward_ms'), '.4f')} "
+                f"| {_form(r.get('forward_graph_ms'), '.4f')} | {rate} | {_form(r.get('forward_host_us'), '.1f')} "
+                f"| {_form(errors.get('o'), '.1e')} | {_form(errors.get('state'), '.1e')} |"
+            )
+        else:
+            host = " / ".join(_form(r.get(f"{d}_host_us"), ".0f") for d in ("forward", "both"))
+            lines.append(
+                f"| {r['op']} | {', '.join(map(str, shape))} | {library} | {' | '.join(times)} | {_form(r.get('both_peak_mib'), '.0f')} "
+                f"| {host} | {_form(errors.get('o'), '.1e')} | {_gradient_error(errors)} |"
+            )
+        where = f"{r['op']}{' step' if r['decode'] else ''} ({', '.join(map(str, shape))}), {library}"
+        notes += [f"- {where}: {what}: {text}" for what, text in r["problems"].items()]
+    return "\n".join([*lines, "", *steps, "", *notes]).rstrip()
+
+
+def first_call(content: dict[str, Any]) -> str:
+    """A row per process: its first call, the one after, and what was compiled."""
+    lines = ["| process | first call s | second call s | kernels compiled |", "|---|---|---|---|"]
+    for name, r in content["processes"].items():
+        if "problem" in r:
+            lines.append(f"| {name} | {r['problem']} | | |")
+        elif "calls" in r:  # warmup
+            what = f"{r['keys']} keys, {r['measured']} measured, {r['records']} records"
+            lines.append(f"| {name} ({what}) | {r['wall_s']:.1f} in all | | {r['compiled']} |")
+        else:
+            lines.append(f"| {name} | {r['first_s']:.3f} | {r['second_s']:.4f} | {r['compiled']} |")
+    return "\n".join(lines)
+
+
+def table(content: dict[str, Any]) -> str:
+    if "overhead" in content:
+        return overhead(content)
+    if "processes" in content:
+        return first_call(content)
+    return (peers if "library" in content["rows"][0] else scalar_decay)(content)
+
+
 def main() -> None:
     for name in sys.argv[1:]:
         content = json.loads(pathlib.Path(name).read_text())
         print(f"`{name}`: {content.get('machine', content.get('setup'))}\n")
-        print((overhead if "overhead" in content else scalar_decay)(content) + "\n")
+        print(table(content) + "\n")
 
 
 if __name__ == "__main__":
