@@ -72,3 +72,16 @@ def test_all_records_are_those_that_lookup_finds(tmp_path: Path) -> None:
     memory.put(HERE, record(median=7.0))
     memory.reload()
     assert {hit.tier for hit in memory.records(HERE)} == {"user", "site"}
+
+
+def test_a_line_that_is_no_text_hides_no_other(tmp_path: Path) -> None:
+    pack = tmp_path / HERE.directory / "scalar_decay.jsonl"
+    pack.parent.mkdir(parents=True)
+    lines = [record(key(T)).to_json().encode() for T in (512, 1024, 2048)]
+    pack.write_bytes(b"\r\n".join([lines[0], lines[1][:-2] + b"\xff" + lines[1][-2:], b"", b"\xff", lines[2]]))
+    store = Store(None, [tmp_path])
+    with pytest.warns(StoreWarning) as caught:
+        assert store.lookup(HERE, "scalar_decay", key(), "forward") is None
+        found = {hit.record.key: hit.source for hit in store.records(HERE)}
+    assert found == {key(512): f"{pack}:1", key(2048): f"{pack}:5"} and len(caught) == 1
+    assert {u.source for u in store.unreadable} == {f"{pack}:2", f"{pack}:4"}

@@ -39,19 +39,20 @@ class Text(NamedTuple):
 
 
 # our writer's form, with no white space and no escapes to undo: told apart at a tenth of the cost of parsing a record
-_BEGIN = re.compile(r'\{"schema_version":1,"recurrence":"([^"\\]*)","key":"([^"\\]*)","direction":"(forward|backward)"')
+_BEGIN = re.compile(rb'\{"schema_version":1,"recurrence":"([^"\\]*)","key":"([^"\\]*)","direction":"(forward|backward)"')
 
 #: Bytes of a file that hold its name in our writer's form.
 _HEAD = 1024
 
 
-def name_of(content: str) -> Name | None:
-    """The name of a record from the beginning of its text; None if the text is no record of this version."""
-    found = _BEGIN.match(content)
-    if found:
-        return Name(*found.groups())
-    try:  # another writer's order of fields
-        fields = json.loads(content)
+def name_of(content: bytes, begin: int = 0, end: int | None = None) -> Name | None:
+    """The name of a record from how its text begins; None if the text is no record of this version. begin, end: of its line."""
+    end = len(content) if end is None else end
+    found = _BEGIN.match(content, begin, end)
+    try:
+        if found:
+            return Name(*[group.decode() for group in found.groups()])
+        fields = json.loads(content[begin:end].decode())  # another writer's order of fields
     except ValueError:
         return None
     if not isinstance(fields, dict) or fields.get("schema_version") != 1:
@@ -84,6 +85,14 @@ class Unreadable(NamedTuple):
     reason: str
 
 
+class _Line(NamedTuple):
+    """Where a line of a pack is, in bytes."""
+
+    number: int
+    begin: int
+    end: int
+
+
 class Shelf:
     """The records of one directory for one recurrence."""
 
@@ -91,12 +100,15 @@ class Shelf:
         self.folder = environment / recurrence
         self.pack = environment / f"{recurrence}.jsonl"
         self.recurrence = recurrence
-        self._lines: dict[Name, Text] | None = None
+        self._whole = b""  # the pack: lines are cut out of it when they are asked for
+        self._lines: dict[Name, _Line] | None = None
         self.unreadable: list[Unreadable] = []
 
     def get(self, name: Name) -> Text | None:
         """The text of a record, of its own file before the pack."""
-        return self._read(os.path.join(self.folder, name.filename)) or self._packed().get(name)
+        path = os.path.join(self.folder, name.filename)
+        text = self._text(path, self._read(path))
+        return text if text is not None else self._packed_text(name)
 
     def put(self, name: Name, content: str) -> Path:
         """Write a record's own file; raises OSError when the directory does not take it."""
@@ -112,15 +124,17 @@ class Shelf:
         """Every record by name, as `get` finds it; what does not begin as a record goes to `unreadable`."""
         taken = set()
         for path in self.files():
-            text = self._read(path)
+            content = self._read(path)
+            text = self._text(path, content)
             if text is not None:
                 taken.add(os.path.basename(path))
-                name = self._name(path, text.content)
+                name = self._name(path, content)
                 if name is not None:
                     yield name, text
-        for name, text in self._packed().items():
-            if not taken or name.filename not in taken:
-                yield name, text
+        for name in self._packed():
+            packed = None if taken and name.filename in taken else self._packed_text(name)
+            if packed is not None:
+                yield name, packed
 
     def files(self) -> list[str]:
         """Files of single records."""
@@ -133,7 +147,7 @@ class Shelf:
             return []
         return [os.path.join(self.folder, name) for name in found]
 
-    def _name(self, path: str, content: str | None) -> Name | None:
+    def _name(self, path: str, content: bytes | None) -> Name | None:
         """The name of a record in a file of its own, if that is the file for it."""
         if content is None:
             return None
@@ -143,40 +157,53 @@ class Shelf:
         self._report(path, "not a record of this version" if name is None else f"a record of another key, {name.key}")
         return None
 
-    def _head(self, path: str) -> str | None:
+    def _head(self, path: str) -> bytes | None:
         """The beginning of a file that holds its name, or all of a file that begins otherwise."""
         try:
             with open(path, "rb", buffering=0) as file:
-                head = file.read(_HEAD).decode(errors="replace")
+                head = file.read(_HEAD)
         except OSError:
-            head = ""
-        if _BEGIN.match(head):
-            return head
-        text = self._read(path)
-        return None if text is None else text.content
+            return self._read(path)
+        return head if _BEGIN.match(head) else self._read(path)
 
     def _report(self, source: str, reason: str) -> None:
         if all(u.source != source for u in self.unreadable):
             self.unreadable.append(Unreadable(source, reason))
 
-    def _read(self, path: str) -> Text | None:
+    def _read(self, path: str) -> bytes | None:
         try:
             with open(path, "rb", buffering=0) as file:
-                return Text(path, file.read().decode())
+                return file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             self._report(path, str(error))
             return None
 
-    def _packed(self) -> dict[Name, Text]:
+    def _text(self, source: str, content: bytes | None) -> Text | None:
+        try:
+            return None if content is None else Text(source, content.decode())
+        except UnicodeDecodeError as error:
+            self._report(source, str(error))
+            return None
+
+    def _packed(self) -> dict[Name, _Line]:
         if self._lines is None:
-            self._lines = {}
-            whole = self._read(str(self.pack))
-            for number, line in enumerate(whole.content.split("\n") if whole else (), 1):
-                name = name_of(line)
+            lines: dict[Name, _Line] = {}
+            self._whole = self._read(str(self.pack)) or b""
+            number = begin = 0
+            while begin < len(self._whole):
+                end = self._whole.find(b"\n", begin)
+                number, end = number + 1, len(self._whole) if end < 0 else end
+                name = name_of(self._whole, begin, end)
                 if name is not None:
-                    self._lines.setdefault(name, Text(f"{self.pack}:{number}", line))
-                elif line.strip():
+                    lines.setdefault(name, _Line(number, begin, end))
+                elif self._whole[begin:end].strip():
                     self._report(f"{self.pack}:{number}", "not a record of this version")
+                begin = end + 1
+            self._lines = lines
         return self._lines
+
+    def _packed_text(self, name: Name) -> Text | None:
+        line = self._packed().get(name)
+        return None if line is None else self._text(f"{self.pack}:{line.number}", self._whole[line.begin : line.end])
