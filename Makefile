@@ -52,6 +52,7 @@ test-gpu: $(READY)
 bench: $(READY)
 	$(PY) -m benchmarks.scalar_decay --out results
 	$(PY) -m benchmarks.overhead --out results
+	$(PY) -m benchmarks.records --out results
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 11) else 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
