@@ -160,7 +160,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "records": COUNT,
         "processes": given.processes,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "pydantic": importlib.metadata.version("pydantic"),
     }
