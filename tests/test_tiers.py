@@ -182,13 +182,16 @@ def test_demoted_variants_give_way(shelf: Shelves, monkeypatch: pytest.MonkeyPat
     assert chosen(decide(table(), p, None))[:2] == ("user", "two_torch")  # measured here, and proven
 
 
-def test_estimate_takes_defaults_only() -> None:
-    """The first config of each variant, though the cost function likes another one better."""
+def test_the_estimate_weighs_every_config() -> None:
+    """Whatever the cost function likes best; the first declared of those that it likes equally."""
     base = table()
     variants = tuple(
         v if v.name == "reference" else dataclasses.replace(v, cost=lambda p, c, d: float(c.C)) for v in base.variants
     )  # fmt: skip
     found = decide(dataclasses.replace(base, variants=variants), problem(), None)
+    assert found.forward is not None and found.forward.config.C == 16
+    same = tuple(v if v.name == "reference" else dataclasses.replace(v, cost=lambda p, c, d: 1.0) for v in base.variants)
+    found = decide(dataclasses.replace(base, variants=same), problem(), None)
     assert found.forward is not None and found.forward.config.C == 64
 
 

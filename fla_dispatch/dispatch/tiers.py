@@ -5,7 +5,7 @@
     user, site, shipped      a measured and proven record of this Key in this environment
     neighbour   a record of a Key whose bucketed sizes are one step away
     sibling     a record of this Key on another device, compiler or timing regime of the architecture
-    estimate    the default config of the variant with the lowest estimated time
+    estimate    the variant and config with the lowest estimated time
     reference   everything else is refused
 
 Requirements, advisories and failed proofs filter before any tier. Naming wins over measurements, never over correctness;
@@ -158,18 +158,15 @@ def weigh(variant: Variant, key: Problem, failures: dict[str, dict[str, Outcome]
     partial = []
     for name, direction in DIRECTIONS[: 2 if key.grad else 1]:
         failed = _failed(variant, screened.configs, (failures or {}).get(name, {}), key.forced)
-        left = next((c for c in screened.configs if c not in failed), _NONE)
-        if left is _NONE:
-            partial.append(_proof_refusal(variant, name, failed))
+        left = [Candidate(variant, c, variant.cost(key, c, direction)) for c in screened.configs if c not in failed]
+        if left:
+            candidates[name] = min(left, key=lambda c: c.seconds)
         else:
-            candidates[name] = Candidate(variant, left, variant.cost(key, left, direction))
+            partial.append(_proof_refusal(variant, name, failed))
     if not candidates:
         return Verdict(variant, tuple(partial), None, None)
     forward, backward = candidates.get("forward"), candidates.get("backward")
     return Verdict(variant, (), forward, backward, screened.configs, tuple(partial), screened.demoted)
-
-
-_NONE = object()
 
 
 def check_choice(recurrence: Recurrence, choice: str, where: str) -> None:
@@ -195,7 +192,7 @@ def _forced(recurrence: Recurrence, key: Problem, choice: str, weighed: Callable
 
 
 def _estimated(verdicts: list[Verdict], direction: str) -> tuple[Candidate, str]:
-    """The default config of the variant that is estimated fastest, demoted ones last; ties go by name."""
+    """The variant that is estimated fastest, demoted ones last; ties go by name."""
     found = [(v.demoted, c.seconds, c.variant.name, c) for v in verdicts if (c := v.candidate(direction)) is not None]
     found.sort(key=lambda item: item[:3])
     chosen = found[0][3]

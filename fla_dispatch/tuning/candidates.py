@@ -32,7 +32,7 @@ class Field:
     """The candidates of one Key and direction.
 
     order: fingerprints of all of them as declared; default: the one that runs until something is measured, the cheapest by
-    estimate of each variant's first config; worthy: those that deserve a measurement, the default first, then by estimate.
+    estimate; worthy: those that deserve a measurement, the default first, then by estimate.
     """
 
     key: Problem
@@ -60,17 +60,13 @@ def field(recurrence: Recurrence, key: Problem, *, backward: bool, most: int, ca
     """The candidates of a Key, at most `most` of them worthy; None where nothing may run. capture: they must suit a graph."""
     direction = BACKWARD if backward else FORWARD
     every: list[Candidate] = []
-    defaults: list[Candidate] = []
     for v in able(recurrence, dataclasses.replace(key, capture=capture)):
         allowed = screen(v, key, v.configs(key)).configs  # what is known to be bad is not measured
-        found = [Candidate(v, c, fingerprint(v.name, c), kernel_hash(v), v.cost(key, c, direction)) for c in allowed]
-        every += found
-        defaults += found[:1]
+        every += [Candidate(v, c, fingerprint(v.name, c), kernel_hash(v), v.cost(key, c, direction)) for c in allowed]
     if not every:
         return None
-    default = min(defaults, key=lambda c: c.seconds)
-    best = min(c.seconds for c in every)
-    rest = sorted((c for c in every if c is not default and c.seconds <= FAR * best), key=lambda c: c.seconds)
+    default = min(every, key=lambda c: c.seconds)
+    rest = sorted((c for c in every if c is not default and c.seconds <= FAR * default.seconds), key=lambda c: c.seconds)
     return Field(key, backward, tuple(c.fingerprint for c in every), default.fingerprint, (default, *rest[: most - 1]))
 
 

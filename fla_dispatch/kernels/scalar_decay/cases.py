@@ -206,6 +206,7 @@ def _example(
     initial_state: bool = False,
     output_final_state: bool = False,
     requires_grad: bool = False,
+    options: tuple[tuple[str, Any], ...] = (),
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a realistic call (what Op.example promises); with lengths, T is their sum and B is 1."""
     if op == "mamba2":
@@ -217,7 +218,9 @@ def _example(
         bad_call(op, "sizes", expected=f"{value} a multiple of {query}", got=f"{s.HV} and {s.H}", fix=f"choose {value} % {query} == 0")
     if lengths is not None:
         s = s._replace(B=1, T=sum(lengths))
-    made = make_inputs(op, s, dtype, device, seed=seed, lengths=lengths, initial_state=initial_state, final_state=output_final_state)
+    made = make_inputs(
+        op, s, dtype, device, seed=seed, lengths=lengths, initial_state=initial_state, final_state=output_final_state, options=options
+    )
     if requires_grad:
         made = made.replaced({name: x.requires_grad_() for name, x in made.leaves().items()})
     return made.args, made.kwargs

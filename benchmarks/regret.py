@@ -1,0 +1,81 @@
+"""How far the cost estimate's choices are from the measured best, over the shipped records; needs no GPU.
+
+    python -m benchmarks.regret [--worst 12] [--root DIR]
+
+Regret of a record: median of what the estimate chooses over the least median of what passed. A choice that was not timed is
+counted apart ("untimed"): the tuner times the candidates that are estimated best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pathlib
+from typing import NamedTuple
+
+from fla_dispatch import registry
+from fla_dispatch.device import DeviceProfile, hypothetical
+from fla_dispatch.tuning import store as stores
+from fla_dispatch.tuning.candidates import field
+from fla_dispatch.tuning.keys import parse_key
+from fla_dispatch.tuning.records import Record
+
+
+class Regret(NamedTuple):
+    """One record: ratio of the estimate's choice to the best (None: that choice was not timed), and both as fingerprints."""
+
+    ratio: float | None
+    direction: str
+    key: str
+    chosen: str
+    best: str
+    best_us: float
+
+
+def regret(record: Record, device: DeviceProfile) -> Regret | None:
+    """None for a record in which nothing passed."""
+    timed = {o.fingerprint: o.timing.median_us for o in record.outcomes if o.status == "ok" and o.timing is not None}
+    if not timed:
+        return None
+    recurrence = registry.get_recurrence(record.recurrence)
+    found = field(recurrence, parse_key(record.key, device), backward=record.direction == "backward", most=1)
+    assert found is not None, record.key
+    best = min(timed, key=lambda name: timed[name])
+    ratio = timed[found.default] / timed[best] if found.default in timed else None
+    return Regret(ratio, record.direction, record.key, found.default, best, timed[best])
+
+
+def regrets(root: pathlib.Path | None = None, device: str = "sm90", regime: str = "eager") -> list[Regret]:
+    """Of all records below a directory (default: the shipped ones) that are of an architecture and regime."""
+    store = stores.Store(None, (), root or stores.SHIPPED)
+    here = hypothetical(device)
+    found = [regret(hit.record, here) for hit in store.records() if hit.environment.regime == regime and f"@{device}?" in hit.record.key]
+    return [r for r in found if r is not None]
+
+
+def summary(rows: list[Regret]) -> dict[str, float]:
+    timed = [r.ratio for r in rows if r.ratio is not None]
+    return {
+        "records": len(rows),
+        "untimed": len(rows) - len(timed),
+        "geometric_mean": math.exp(sum(map(math.log, timed)) / max(1, len(timed))),
+        "worst": max(timed, default=1.0),
+        "above_1.25": sum(x > 1.25 for x in timed),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--worst", type=int, default=12)
+    parser.add_argument("--root", type=pathlib.Path)
+    parser.add_argument("--regime", default="eager")
+    given = parser.parse_args()
+    rows = regrets(given.root, regime=given.regime)
+    print(summary(rows))
+    for r in sorted(rows, key=lambda r: -(r.ratio or 0))[: given.worst]:
+        ratio = "untimed" if r.ratio is None else f"{r.ratio:.2f}"
+        print(f"{ratio} {r.direction:8} {r.best_us:8.1f} us {r.key.split('?')[1]}\n     chose {r.chosen}\n     best  {r.best}")
+
+
+if __name__ == "__main__":
+    main()
