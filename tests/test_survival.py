@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,24 @@ def tuner_of(directory: Path) -> Tuner:
 def statuses(record: Record) -> dict[str, str]:
     """Status of each planted kind."""
     return {str(o.config["kind"]): o.status for o in record.outcomes if o.config and "kind" in o.config}
+
+
+def test_time_stands_still_for_a_held_process() -> None:
+    """A stopped process says nothing for longer than its limit, and is no timeout; released it answers."""
+    worker = Worker()
+    key = key_of("linear_attn", {"B": 1, "T": 16, "H": 1, "K": planted.K, "V": 16}, profile(CPU), dtype="float32")
+    entries = [jobs.Entry(0, "reference", None, False)]
+    job = {"recurrence": "scalar_decay", "device": CPU, "proof_key": key, "entries": entries}
+    try:
+        list(worker.run("prove", job, 60.0))  # it has started
+        worker.hold()
+        release = threading.Timer(3.5, worker.release)
+        release.start()
+        events = [event[0] for event in worker.run("prove", job, 2.5)]
+        assert events == ["begin", "end"]
+        assert worker.starts == 1
+    finally:
+        worker.close()
 
 
 def test_a_device_that_is_lost_while_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

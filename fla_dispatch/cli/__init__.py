@@ -115,7 +115,6 @@ def _tune(
     plugin: Plugins = None,
     again: Annotated[bool, typer.Option("--again", help="Measure also what was tried before.")] = False,
     out: Annotated[Path | None, typer.Option(help="A directory that gets the records as packs too.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Compile everything before anything is timed.")] = False,
     json: Json = False,
 ) -> None:
     """Measure and prove what is untried of some keys on this device; every record is kept as soon as it is made."""
@@ -124,7 +123,7 @@ def _tune(
     raise typer.Exit(
         command.run(
             recurrence, matrix, op or [], size or [], dtype or [], packed, grad, initial_state, final_state, device, budget, key_ms,
-            limit, regime, processes, most, plugin or [], again, out, quiet, json,
+            limit, regime, processes, most, plugin or [], again, out, json,
         )
     )  # fmt: skip
 

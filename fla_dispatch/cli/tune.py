@@ -74,7 +74,6 @@ def run(
     plugins: list[str],
     again: bool,
     out: Path | None,
-    quiet: bool,
     as_json: bool,
 ) -> int:
     """Tune; 1 when a key has no record with a choice afterwards."""
@@ -99,7 +98,7 @@ def run(
 
             tuner = Tuner(
                 recurrence_of(name), found, device=where, budget_seconds=budget - (time.monotonic() - began), key_seconds=key_ms * 1e-3,
-                regime=regime, processes=processes, plugins=plugins, limit_seconds=limit, again=again, most=most, out=out, quiet=quiet,
+                regime=regime, processes=processes, plugins=plugins, limit_seconds=limit, again=again, most=most, out=out,
                 progress=show,
             )  # fmt: skip
             tuner.run()
@@ -137,10 +136,11 @@ def _report(name: str, tuner: Tuner) -> dict[str, Any]:
 def _print(part: dict[str, Any]) -> None:
     console = output.console()
     spent = ", ".join(f"{stage} {output.seconds(s)}" for stage, s in part["seconds"].items())
+    compiled = part["compiled"]
     console.print(f"{part['recurrence']} on {part['environment']}")
     console.print(
         f"  {part['done']} keys measured, {part['known']} known, {part['keys'] - part['done'] - part['known']} left; "
-        f"{part['records']} records; {spent}; {part['compiled']['ahead']} kernels compiled ahead, {part['compiled']['late']} late"
+        f"{part['records']} records; {spent}; {compiled['ahead']} kernels compiled ahead, {sum(compiled['late'].values())} late"
     )
     for name, count in part["chosen"].items():
         console.print(f"  {count:5d}  {name}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .precompile import CompileJob
 from .proof import Verdict
@@ -20,6 +21,8 @@ class Crew:
         self._own = threading.local()
         self._workers: list[Worker] = []
         self._jobs: dict[CompileJob, concurrent.futures.Future[int | Verdict | None]] = {}
+        self._free = threading.Event()
+        self._free.set()
 
     @property
     def count(self) -> int:
@@ -38,7 +41,22 @@ class Crew:
         """
         return self._jobs[job].result(None if patience is None else max(0.0, patience))
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing compiles meanwhile: the host that launches what is timed has its cores for itself."""
+        self._free.clear()
+        workers = list(self._workers)
+        for worker in workers:
+            worker.hold()
+        try:
+            yield
+        finally:
+            for worker in workers:
+                worker.release()
+            self._free.set()
+
     def _compile(self, job: CompileJob, arch: str) -> int | Verdict | None:
+        self._free.wait()
         worker: Worker | None = getattr(self._own, "worker", None)
         if worker is None:
             worker = self._own.worker = Worker(self._plugins)
@@ -55,6 +73,7 @@ class Crew:
 
     def close(self) -> None:
         """Drop what is queued and end the processes."""
+        self._free.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.close()

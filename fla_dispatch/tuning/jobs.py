@@ -1,7 +1,7 @@
 """What a worker does: compile, prove and time candidates that are named, and say before each which one it is.
 
 Events of `prove` and `time`: ("begin", i), ("end", i, Verdict); of `time` also ("skip", i) for a candidate that is estimated to
-be hopeless, and at the end ("times", {i: Timing}, {i: peak bytes}). ("late", n) says that n kernels were compiled on the way,
+be hopeless, and at the end ("times", {i: Timing}, {i: peak bytes}). ("late", names) says which kernels were compiled on the way,
 which the crew should have done.
 """
 
@@ -68,7 +68,7 @@ class Jobs:
         self._provers: dict[tuple[str, torch.device], Prover] = {}
         self._clocks: dict[tuple[torch.device, str], timing.Clock] = {}
         self._compiling: str | None = None
-        self._late: int | None = None
+        self._late: list[str] | None = None
 
     def run(self, function: str, arguments: dict[str, Any], emit: Emit) -> None:
         """Run a job; raises what it raises, `worker.Broken` when the device's context is lost."""
@@ -76,16 +76,17 @@ class Jobs:
         table[function](emit, **arguments)
         if self._late:
             emit(("late", self._late))
-            self._late = 0
+            self._late = []
 
     def count_compilations(self) -> None:
         """From now on say how many kernels were compiled, once Triton is here; for a process of its own."""
         from triton import knobs
 
         def listen(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
-            self._late = (self._late or 0) + (not cache_hit)
+            if not cache_hit and self._late is not None:
+                self._late.append(getattr(getattr(src, "fn", None), "__name__", "?"))
 
-        self._late = 0
+        self._late = []
         knobs.compilation.listener = listen
 
     def compile(self, emit: Emit, job: CompileJob, arch: str) -> None:
@@ -110,6 +111,8 @@ class Jobs:
                 verdict = prover.prove(found.variant(e.variant), e.config, proof_key, backward=e.backward)
             if not attempt.failed(emit, e.number):
                 emit(("end", e.number, verdict))
+        prover.forget()
+        _release(device, always=True)  # other provers and the timing of large keys want the memory
 
     def time(
         self,

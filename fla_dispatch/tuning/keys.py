@@ -15,6 +15,7 @@ A file is TOML; every value may be a list, and each table stands for all combina
     initial_state = false
     final_state = false
     tokens = 131072             # leaves out what has more tokens (B * T)
+    options = {normalize = true}    # further keyword arguments of the op
 """
 
 from __future__ import annotations
@@ -48,12 +49,21 @@ def key_of(
     grad: bool = False,
     initial_state: bool = False,
     final_state: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Problem:
     """The Key of a call of an op with these sizes (the rest as the op's defaults). Raises UnknownNameError for an unknown name."""
     found = registry.get_op(op)
     whole, real = whole_sizes(op, sizes), dtype_of(dtype)
     lengths = [whole["T"]] * whole["B"] if packed else None
-    args, kwargs = found.example(whole, real, "meta", lengths=lengths, initial_state=initial_state, output_final_state=final_state)
+    args, kwargs = found.example(
+        whole,
+        real,
+        "meta",
+        lengths=lengths,
+        initial_state=initial_state,
+        output_final_state=final_state,
+        options=tuple((options or {}).items()),
+    )
     low = found.contract(*args, **kwargs)
     tensors = low.tensors if low.prepare is None else low.prepare(low.tensors)
     problem = registry.get_recurrence(low.recurrence).problem(tensors, low.options, grad)
@@ -94,9 +104,10 @@ def expand(row: Mapping[str, Any], device: DeviceProfile) -> list[tuple[str, Pro
             chosen = dict(zip(row, values, strict=True))
             switches = {name: bool(chosen.pop(name)) for name in _SWITCHES if name in chosen}
             dtype = str(chosen.pop("dtype", "bfloat16"))
+            options = chosen.pop("options", None)
             whole = {**registry.get_op(op).sizes, **chosen}
             if most is None or whole["B"] * whole["T"] <= most:
-                found[registry.get_op(op).recurrence, key_of(op, chosen, device, dtype=dtype, **switches)] = None
+                found[registry.get_op(op).recurrence, key_of(op, chosen, device, dtype=dtype, options=options, **switches)] = None
     return list(found)
 
 

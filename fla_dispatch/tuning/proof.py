@@ -95,6 +95,10 @@ class Prover:
         self._key: Problem | None = None
         self._cases: dict[tuple[Trial, bool], Case] = {}
 
+    def forget(self) -> None:
+        """Drop the oracles."""
+        self._key, self._cases = None, {}
+
     def prove(self, variant: Variant, config: Any, proof_key: Problem, *, backward: bool) -> Verdict:
         """The verdict on one direction. Whatever the candidate raises goes through."""
         if proof_key != self._key:

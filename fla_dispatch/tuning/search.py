@@ -1,12 +1,14 @@
 """The tuner: for each Key compile its candidates, prove them, time those that passed, and keep what became of each.
 
 Keys that differ in lengths and counts alone share their proofs, and Keys with and without gradients share the timing of
-forward. Compiling runs in processes ahead of proving and timing, which share one process that may die. Each record is kept as
+forward. Compiling runs in processes ahead of proving; some groups of Keys are proven side by side, and then timed one at a
+time, in processes that may die. Each record is kept as
 soon as it is made, so that a run that is cut loses nothing; what a record has tried already is not tried again.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -27,12 +29,13 @@ from .crew import Crew
 from .jobs import Entry
 from .precompile import Compilation, CompileJob, Site
 from .proof import Verdict
+from .provers import SIDE_BY_SIDE, Provers
 from .records import Outcome, Record, Timing, config_dict, record_key
 from .store import Store, get_store
 from .timing import Plan
 from .worker import Inline, JobError, Lost, Worker
 
-#: Groups of proofs whose kernels are compiled ahead of the one in hand.
+#: Groups of proofs whose kernels are compiled ahead of those in hand.
 AHEAD = 3
 
 
@@ -66,7 +69,6 @@ class Tuner:
         again: bool = False,
         most: int = 12,
         out: Path | None = None,
-        quiet: bool = False,
         progress: Callable[[Event], None] | None = None,
     ) -> None:
         assert recurrence.workload is not None, f"{recurrence.name} declares no workload"
@@ -74,20 +76,22 @@ class Tuner:
         self.device = device or default_device()
         self.store = store or get_store()
         self.environment = environment.current(self.device, regime)
-        self.budget, self.regime, self.limit, self.again, self.most, self.quiet = budget_seconds, regime, limit_seconds, again, most, quiet
+        self.budget, self.regime, self.limit, self.again, self.most = budget_seconds, regime, limit_seconds, again, most
         self.plan = Plan(seconds=key_seconds / 2)
         self.out = None if out is None else Path(out) / self.environment.directory / f"{recurrence.name}.jsonl"
         self.progress = progress or (lambda event: None)
         self.worker: Worker | Inline = Worker(plugins) if isolate else Inline()
         count = processes if processes is not None else max(1, (os.cpu_count() or 2) - 2)
+        side = max(1, min(SIDE_BY_SIDE, count // 2)) if isolate and profile(self.device).is_gpu else 1
+        self.provers = Provers(recurrence.name, self.device, self.worker, plugins, side, limit_seconds)
         self.crew = Crew(count, plugins, limit_seconds) if isolate and profile(self.device).is_gpu and count else None
         self.compilation = Compilation(recurrence)
         here = profile(self.device)
         self.keys = list(dict.fromkeys(plain(dataclasses.replace(k, device=here)) for k in keys))
         self.records: dict[tuple[str, str], Record] = {}
-        self.failures: list[tuple[str, str]] = []
+        self.failures = self.provers.failures
         self.known = self.done = self.total = 0
-        self.late = 0  # kernels that the worker compiled because the crew had not
+        self._late: list[str] = []
         self.seconds = {"compile": 0.0, "prove": 0.0, "time": 0.0}
         self._verdicts: dict[tuple[str, bool], Verdict] = {}
         self._submitted: dict[tuple[Problem, str, bool], tuple[CompileJob, ...]] = {}
@@ -101,6 +105,11 @@ class Tuner:
         return self.budget - (time.monotonic() - self._began)
 
     @property
+    def late(self) -> dict[str, int]:
+        """How often a worker compiled which kernel because the crew had not."""
+        return dict(collections.Counter([*self._late, *self.provers.late]))
+
+    @property
     def left_out(self) -> int:
         """Keys that the budget did not reach, or that nothing may run."""
         return len(self.keys) - self.known - self.done
@@ -112,28 +121,27 @@ class Tuner:
             jit.check(f"measuring {groups[0].benches[0].key.text()}")
         ahead = 0
         try:
-            for n, group in enumerate(groups):
-                while ahead < min(len(groups), n + 1 + (len(groups) if self.quiet else AHEAD)):
+            for n in range(0, len(groups), len(self.provers)):
+                batch = groups[n : n + len(self.provers)]
+                while ahead < min(len(groups), n + len(batch) + AHEAD):
                     self._submit(groups[ahead])
                     ahead += 1
-                if n == 0 and self.quiet:
-                    for each in groups:
-                        self._compiled(each)
                 if self.left <= 0:
                     break
                 with self._counted("compile"):
-                    self._verdicts = self._compiled(group)
+                    verdicts = [self._compiled(group) for group in batch]
                 with self._counted("prove"):
-                    self._prove(group)
-                for bench in group.benches:
-                    if self.left <= 0:
-                        break
-                    with self._counted("time"):
-                        self._time(bench)
+                    self._prove(batch, verdicts)
+                with self._counted("time"), contextlib.nullcontext() if self.crew is None else self.crew.held():
+                    for group, self._verdicts in zip(batch, verdicts, strict=True):
+                        for bench in group.benches:
+                            if self.left <= 0:
+                                break
+                            self._time(bench)
         except TimeoutError:
             self._say("compile", "", "the budget ended before the next kernels were compiled")
         finally:
-            self.worker.close()
+            self.provers.close()
             if self.crew is not None:
                 self.crew.close()
         return list(self.records.values())
@@ -217,34 +225,12 @@ class Tuner:
                     failed[name] = Verdict("compile_error", f"needs {result} B of shared memory, a block has {room} B")
         return failed
 
-    # -- proving -------------------------------------------------------------------------------------------------------------
-
-    def _prove(self, group: Group) -> None:
-        new = [(name, c) for name, c in self._new(group).items() if name not in self._verdicts]
-        self._say("prove", group.proof_key.text(), f"{len(new)} candidates")
-        entries = [Entry(i, c.variant.name, c.config, name[1]) for i, (name, c) in enumerate(new)]
-        arguments = {"recurrence": self.recurrence.name, "device": self.device, "proof_key": group.proof_key}
-        remaining, stalled = entries, False
-        while remaining:
-            current, results = None, {}
-            try:
-                for kind, number, *rest in self.worker.run("prove", {**arguments, "entries": remaining}, self.limit):
-                    current = number if kind == "begin" else None
-                    if kind == "end":
-                        results[number] = rest[0]
-                    elif kind == "late":
-                        self.late += number
-            except (Lost, JobError) as error:
-                if current is not None:
-                    results[current] = Verdict(error.status, error.detail)
-                elif not results and stalled:  # no candidate has begun, twice: none is to blame
-                    self.failures.append((group.proof_key.text(), f"{error.status}: {error.detail}"))
-                    self._say("failed", group.proof_key.text(), error.detail)
-                    return
-                stalled = not results
-            for number, verdict in results.items():
-                self._verdicts[new[number][0]] = verdict
-            remaining = [e for e in remaining if e.number not in results]
+    def _prove(self, batch: list[Group], verdicts: list[dict[tuple[str, bool], Verdict]]) -> None:
+        """Add the verdicts on the candidates that compiled."""
+        named = [[(n, c) for n, c in self._new(group).items() if n not in known] for group, known in zip(batch, verdicts, strict=True)]
+        found = self.provers.run(zip((group.proof_key for group in batch), named, strict=True), self._say)
+        for known, new in zip(verdicts, found, strict=True):
+            known.update(new)
 
     # -- timing --------------------------------------------------------------------------------------------------------------
 
@@ -279,7 +265,7 @@ class Tuner:
                         times.update({names[i]: (t, rest[1].get(i)) for i, t in rest[0].items()})
                         finished = True
                     elif kind == "late":
-                        self.late += rest[0]
+                        self._late += rest[0]
                 break
             except JobError as error:
                 self.failures.append((bench.key.text(), f"{error.status}: {error.detail}"))
@@ -374,7 +360,6 @@ def tune(
     again: bool = False,
     most: int = 12,
     out: Path | None = None,
-    quiet: bool = False,
 ) -> list[Record]:
     """Measure what is untried of some Keys on a device and keep the records; returns those of all keys that have one.
 
@@ -383,12 +368,11 @@ def tune(
     imported by each process. limit_seconds: after which a candidate that says nothing is ended. isolate: False runs all
     in this process, for candidates that are trusted. again: measure also what was tried. most: candidates per key and
     direction. out: a directory that gets the records as packs of JSON lines beside the store. progress: called with Events.
-    quiet: compile everything before anything is timed, instead of beside it.
     """
     recurrence = op_or_recurrence if isinstance(op_or_recurrence, Recurrence) else recurrence_of(op_or_recurrence)
     tuner = Tuner(
         recurrence, keys, device=device, store=store, budget_seconds=budget_seconds, key_seconds=key_seconds, regime=regime,
         processes=processes, plugins=plugins, limit_seconds=limit_seconds, isolate=isolate, again=again, most=most, out=out,
-        quiet=quiet, progress=progress,
+        progress=progress,
     )  # fmt: skip
     return tuner.run()

@@ -8,6 +8,7 @@ callers that trust their candidates.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -26,6 +27,9 @@ START = 120.0
 
 #: Seconds in which a process must have ended once it was told to.
 END = 20.0
+
+#: Seconds between looks at whether a silent process is held.
+POLL = 1.0
 
 
 class Lost(Exception):
@@ -60,6 +64,7 @@ class Worker:
         self._pipe: Connection | None = None
         self._stderr: Any = None
         self._ready = False
+        self._held = False
 
     def start(self) -> None:
         """Start the process without waiting for it."""
@@ -70,7 +75,7 @@ class Worker:
         code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; {served}"
         self._process = subprocess.Popen(
             [sys.executable, "-X", "faulthandler", "-c", code], pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=self._stderr,
+            stdout=subprocess.DEVNULL, stderr=self._stderr, process_group=0,
         )  # fmt: skip
         theirs.close()
         self._pipe = ours
@@ -102,10 +107,28 @@ class Worker:
             else:
                 return
 
+    def hold(self) -> None:
+        """Stop the process and what it has started until `release`; its time stands still too."""
+        self._held = True
+        self._signal(signal.SIGSTOP)
+
+    def release(self) -> None:
+        self._signal(signal.SIGCONT)
+        self._held = False
+
+    def _signal(self, number: signal.Signals) -> None:
+        process = self._process
+        if process is not None and process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
     def _receive(self, limit: float) -> tuple[Any, ...]:
         assert self._pipe is not None
-        if not self._pipe.poll(limit):
-            raise self._lost("timeout", f"nothing for {limit:.3g} s")
+        left = limit
+        while not self._pipe.poll(min(left, POLL)):
+            left -= 0.0 if self._held else min(left, POLL)
+            if left <= 0:
+                raise self._lost("timeout", f"nothing for {limit:.3g} s")
         try:
             message: tuple[Any, ...] = self._pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -177,7 +200,6 @@ class Broken(Exception):
 def serve(descriptor: int, plugins: Sequence[str], threads: int) -> None:
     """The process's side: jobs until the pipe closes."""
     import importlib
-    import os
 
     pipe = Connection(descriptor)
     torch.set_num_threads(threads)
