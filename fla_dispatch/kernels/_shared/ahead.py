@@ -67,7 +67,7 @@ def source(launch: Launch) -> ASTSource:
 def launch_key(launch: Launch) -> tuple[Any, ...]:
     """Equal keys compile to equal kernels."""
     s = source(launch)
-    return (launch.kernel.__name__, str(s.signature), str(s.constants), str(s.attrs), launch.warps, launch.stages)
+    return (launch.kernel.__module__, launch.kernel.__name__, str(s.signature), str(s.constants), str(s.attrs), launch.warps, launch.stages)
 
 
 def compile_launch(launch: Launch, arch: str) -> Compiled:

@@ -7,6 +7,7 @@ compiled ahead of time for other devices, with exactly the arguments that a call
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -35,12 +36,32 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants:
     if 0 in grid:
         return
     device = args[0].device
-    # floating-point fusion is set on purpose: compilers change its default between releases
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+            _run(kernel, grid, args, constants, warps, stages)
     else:
-        kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        _run(kernel, grid, args, constants, warps, stages)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int) -> None:
+    # floating-point fusion is set on purpose: compilers change its default between releases
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if constants.get("TMA"):  # descriptors made by a kernel live in scratch memory, whose allocator is a context variable
+        contextvars.copy_context().run(_with_scratch, kernel[grid], args, constants, options)
+    else:
+        kernel[grid](*args, **constants, **options)
+
+
+def _with_scratch(run: Any, args: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]) -> None:
+    import triton
+
+    triton.set_allocator(_scratch)
+    run(*args, **constants, **options)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Scratch of one launch, in the order of the current stream: it may be reused as soon as the kernel is launched."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 @contextlib.contextmanager
@@ -59,17 +80,16 @@ def tile(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def token_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+def token_rows(x: torch.Tensor, aligned: bool = False) -> tuple[torch.Tensor, int]:
     """x [B, T, H, D] as rows of one token stride: (tensor, stride of a token in elements).
 
     Token t of row b is at (b * T + t) * stride, heads adjacent, last dim contiguous: true of contiguous tensors and of
-    slices of a fused projection. Anything else is copied.
+    slices of a fused projection. Anything else is copied. aligned: so is what does not begin each token at a multiple of 16 bytes.
     """
     B, T, H, D = x.shape
     sb, st, sh, sd = x.stride()
     if sd == 1 and (sh == D or H == 1):
-        if T == 1 and B > 1:
-            return x, sb
-        if B == 1 or sb == T * st:
-            return x, st
-    return x.contiguous(), H * D
+        stride = sb if T == 1 and B > 1 else st
+        if (B == 1 or sb == T * stride) and not (aligned and (x.data_ptr() | stride * x.element_size()) % 16):
+            return x, stride
+    return x.clone(memory_format=torch.contiguous_format) if x.is_contiguous() else x.contiguous(), H * D

@@ -55,6 +55,7 @@ def sweep(
     Z: tl.constexpr,
     EXACT: tl.constexpr,
     TOKENS: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     FLOOR: tl.constexpr,
@@ -69,8 +70,7 @@ def sweep(
         sweep_chunks(
             a, b, c, o, x, dot, g, w, u, s_in, s_out, z_in, z_out, None, None, length, scale, 0.0, s_a, s_b, s_c, s_o, s_x, HV,
             i_e, D=D, E=E, BD=BD, BE=BE, BT=BT, SR=SR, SC=SC, DECAY=DECAY, REVERSE=REVERSE, W=W, Z=Z, OUTPUT=True,
-            EXACT=EXACT,
-            PRECISION=PRECISION, STAGES=STAGES,
+            EXACT=EXACT, TMA=TMA, PRECISION=PRECISION, STAGES=STAGES,
         )  # fmt: skip
 
 
@@ -120,6 +120,7 @@ def sweep_backward(
     TOKENS: tl.constexpr,
     EXACT: tl.constexpr,  # two terms per rounded operand in dq and dv, whose row sums make gate gradients
     SLICE: tl.constexpr,  # 0, 1, 2: this slice alone; -1: the second grid axis
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     EPS: tl.constexpr,
@@ -158,7 +159,7 @@ def sweep_backward(
                 length, scale, s_do, s_v, s_k, HV * K, s_q, HV, i_e,
                 D=V, E=K, BD=BV, BE=BE, BT=BT, SR=1, SC=V, DECAY=DECAY, REVERSE=False, W=1 if NORMALIZE else (2 if BETA else 0),
                 Z=2 if NORMALIZE else 0, EXACT=EXACT,
-                TOKENS=TOKENS, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
+                TOKENS=TOKENS, TMA=TMA, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
             )  # fmt: skip
     elif which == 1:
         if i_e < NK:
@@ -167,7 +168,7 @@ def sweep_backward(
                 None if dz0 is None else dz0 + o_state, length, scale, s_v, s_do, s_q, HV * K, 0, HV, i_e,
                 D=V, E=K, BD=BV, BE=BE, BT=BT, SR=1, SC=V, DECAY=DECAY, REVERSE=True, W=2 if NORMALIZE else (1 if BETA else 0),
                 Z=3 if NORMALIZE else 0, EXACT=False,
-                TOKENS=TOKENS, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
+                TOKENS=TOKENS, TMA=TMA, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
             )  # fmt: skip
     else:
         if i_e < NV:
@@ -177,7 +178,7 @@ def sweep_backward(
                 length, scale, s_k, s_q, s_do, HV * V, s_v, HV, i_e,
                 D=K, E=V, BD=BK, BE=BE, BT=BT, SR=V, SC=1, DECAY=DECAY, REVERSE=True, W=2 if NORMALIZE else (1 if BETA else 0),
                 Z=0, EXACT=EXACT,
-                TOKENS=TOKENS, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
+                TOKENS=TOKENS, TMA=TMA, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
             )  # fmt: skip
 
 
@@ -212,6 +213,7 @@ def run_backward(
     warps: int,
     stages: int,
     split: bool = False,  # one launch per slice
+    tma: bool = False,
     SEG: int = 0,
     units: int | None = None,
     offsets: torch.Tensor | None = None,
@@ -236,6 +238,7 @@ def run_backward(
         "SEGMENTED": SEG > 0,
         "TOKENS": BT == 0,
         "EXACT": exact(c, o),
+        "TMA": tma,
         "STAGES": stages,
     }
     if split:

@@ -53,6 +53,7 @@ def sweep_forward(
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
     TOKENS: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     EPS: tl.constexpr,
@@ -89,7 +90,8 @@ def sweep_forward(
             q + begin * s_q + i_h * K, k + begin * s_k + i_h * K, v + begin * s_v + i_hv * V, o + p_token * V, None, None,
             p_g, p_w, None, p_h0, p_state, p_z0, p_z, p_r, None, length, scale, EPS, s_q, s_k, s_v, HV * V, 0, HV, i_v,
             D=K, E=V, BD=BK, BE=BV, BT=BT, SR=V, SC=1, DECAY=DECAY, REVERSE=False, W=0 if beta is None else 2,
-            Z=1 if NORMALIZE else 0, OUTPUT=True, EXACT=False, PRECISION=PRECISION, STAGES=STAGES,
+            Z=1 if NORMALIZE else 0, OUTPUT=True, EXACT=False, TMA=TMA, PRECISION=PRECISION,
+            STAGES=STAGES,
         )  # fmt: skip
 
 
@@ -102,6 +104,7 @@ def run_forward(
     BE: int,
     warps: int,
     stages: int,
+    tma: bool = False,
     SEG: int = 0,
     units: int | None = None,
     offsets: torch.Tensor | None = None,
@@ -120,7 +123,7 @@ def run_forward(
             out.state if final else None, out.z if final and o.normalize else None, out.weight if o.normalize else None,
             c.T, c.N, c.B * c.T, o.scale, c.s_q, c.s_k, c.s_v, SEG, c.H, c.HV,
         ),
-        {**constants(c, o), "BK": BK, "BV": BV, "BT": BT, "SEGMENTED": SEG > 0, "TOKENS": BT == 0, "STAGES": stages},
+        {**constants(c, o), "BK": BK, "BV": BV, "BT": BT, "SEGMENTED": SEG > 0, "TOKENS": BT == 0, "TMA": tma, "STAGES": stages},
         warps,
         stages,
     )  # fmt: skip

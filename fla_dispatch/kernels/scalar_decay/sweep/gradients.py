@@ -26,9 +26,9 @@ class Arriving(NamedTuple):
     dz: torch.Tensor | None  # [N, HV, K] float32
 
 
-def arriving(c: Call, residuals: Residuals, grads: OutputGrads, o: Options) -> Arriving:
+def arriving(c: Call, residuals: Residuals, grads: OutputGrads, o: Options, tma: bool = False) -> Arriving:
     t = residuals.tensors
-    do, s_do = token_rows(torch.zeros_like(t.v) if grads.o is None else grads.o.to(t.v.dtype))
+    do, s_do = token_rows(torch.zeros_like(t.v) if grads.o is None else grads.o.to(t.v.dtype), tma)
     dS = None if grads.state is None else grads.state.contiguous()
     dz = None if grads.z is None else grads.z.contiguous()
     w, u = c.beta, None

@@ -37,11 +37,14 @@ class Call(NamedTuple):
     N: int
 
 
-def prepare(t: Tensors, o: Options, BT: int) -> Call:
-    """Kernel layout of a call with chunks of BT tokens (0: token by token); copies only what is not laid out in token rows."""
-    q, s_q = token_rows(t.q)
-    k, s_k = token_rows(t.k)
-    v, s_v = token_rows(t.v)
+def prepare(t: Tensors, o: Options, BT: int, tma: bool = False) -> Call:
+    """Kernel layout of a call with chunks of BT tokens (0: token by token); copies only what is not laid out in token rows.
+
+    tma: also what does not begin at multiples of 16 bytes, as tensor descriptors want.
+    """
+    q, s_q = token_rows(t.q, tma)
+    k, s_k = token_rows(t.k, tma)
+    v, s_v = token_rows(t.v, tma)
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     if t.g is not None:
