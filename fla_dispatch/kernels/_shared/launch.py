@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -43,20 +44,74 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants:
         _run(kernel, grid, args, constants, warps, stages)
 
 
+class _Layout(NamedTuple):
+    """Positions of the arguments of a kernel that are tensors, integers that it is specialised on, and other integers."""
+
+    tensors: tuple[int, ...]
+    special: tuple[int, ...]
+    free: tuple[int, ...]
+
+
+@functools.cache
+def _layout(kernel: Any, types: tuple[type, ...]) -> _Layout:
+    ints = [i for i, t in enumerate(types) if issubclass(t, int)]
+    free = {i for i in ints if kernel.params[i].do_not_specialize}
+    tensors = tuple(i for i, t in enumerate(types) if issubclass(t, torch.Tensor))
+    return _Layout(tensors, tuple(i for i in ints if i not in free), tuple(sorted(free)))
+
+
+#: Compiled kernels by what a launch is specialised on, with the order of their constants.
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
+
+
+def _key(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int) -> tuple[Any, ...] | None:
+    """What names one compiled kernel for the usual arguments; None where Triton's own lookup must decide.
+
+    Usual: pointers, and integers that are specialised on, are multiples of 16 (none is 1), and no integer needs 64 bits.
+    """
+    types = tuple(map(type, args))
+    at = _layout(kernel, types)
+    bits = 0
+    dtypes = []
+    for i in at.tensors:
+        x = args[i]
+        bits |= x.data_ptr()
+        dtypes.append(x.dtype)
+    for i in at.special:
+        bits |= args[i]
+    wide = 0
+    for i in at.special + at.free:
+        wide |= args[i]
+    if bits & 15 or wide >> 31:
+        return None
+    return (kernel, args[0].device, warps, stages, types, *dtypes, *constants, *constants.values())
+
+
 def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int) -> None:
+    """Launch, by way of the compiled kernel where this one has run before: the compiler's own lookup takes longer than a launch."""
+    key = _key(kernel, args, constants, warps, stages)
+    found = None if key is None else _compiled.get(key)
+    if found is not None:
+        compiled, names = found
+        _call(compiled[(*grid, 1, 1)[:3]], (*args, *[constants[name] for name in names]), {}, constants)
+        return
     # floating-point fusion is set on purpose: compilers change its default between releases
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    compiled = _call(kernel[grid], args, {**constants, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}, constants)
+    if key is not None and hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
+        _compiled[key] = compiled, tuple(p.name for p in kernel.params[len(args) :])
+
+
+def _call(run: Any, args: tuple[Any, ...], options: dict[str, Any], constants: dict[str, Any]) -> Any:
     if constants.get("TMA"):  # descriptors made by a kernel live in scratch memory, whose allocator is a context variable
-        contextvars.copy_context().run(_with_scratch, kernel[grid], args, constants, options)
-    else:
-        kernel[grid](*args, **constants, **options)
+        return contextvars.copy_context().run(_with_scratch, run, args, options)
+    return run(*args, **options)
 
 
-def _with_scratch(run: Any, args: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]) -> None:
+def _with_scratch(run: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     import triton
 
     triton.set_allocator(_scratch)
-    run(*args, **constants, **options)
+    return run(*args, **options)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
