@@ -95,6 +95,7 @@ def test_unusual_arguments_are_never_remembered(kernel: Kernel) -> None:
 
 def test_the_interpreter_is_always_called(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: lambda *args, **options: self.slow.append(args))
+    monkeypatch.delattr(Kernel, "params")
     for _ in range(2):
         launch(kernel, (5,), (X, None, 16, 7), CONSTANTS, 4, 3)
     assert len(kernel.slow) == 2 and not launching._compiled

@@ -69,6 +69,8 @@ def _key(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], warps: i
 
     Usual: pointers, and integers that are specialised on, are multiples of 16 (none is 1), and no integer needs 64 bits.
     """
+    if not hasattr(kernel, "params"):  # the interpreter compiles nothing
+        return None
     types = tuple(map(type, args))
     at = _layout(kernel, types)
     bits = 0
@@ -97,7 +99,7 @@ def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: d
         return
     # floating-point fusion is set on purpose: compilers change its default between releases
     compiled = _call(kernel[grid], args, {**constants, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}, constants)
-    if key is not None and hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
+    if key is not None and hasattr(compiled, "packed_metadata"):
         _compiled[key] = compiled, tuple(p.name for p in kernel.params[len(args) :])
 
 
