@@ -117,9 +117,11 @@ def sweep_chunks(
     o,  # [T, E] or None
     x,  # [T, E] to take row sums o . x with, or None
     dot,  # [T] float32 row sums, stride HV
+    dot_c,  # [T] float32 row sums c . x, stride HV, or None
     g,  # [T] cumulative log2 decays inside chunks (DECAY 2), or [1] log decay (DECAY 1)
     w,  # [T] float32 weights, stride HV, of rows (W 1) or columns (W 2)
     u,  # [T] float32, stride HV: the virtual ones column's partner (Z 2, 3, 4)
+    skip,  # weight of c itself in o, or None
     s_in,  # [D, E] initial state, strides SR and SC, or None
     s_out,  # [D, E] final state, or None
     z_in,  # [D] (Z 1, 4) or [E] (Z 2, 3) initial extra row, or None
@@ -264,6 +266,10 @@ def sweep_chunks(
             if x is not None:  # reversed: before the row weight, because the sum is then the gradient of the weight
                 b_x = load_tile(rows_x, length, s_x, i_t, i_e, E, BT, BE, TMA)
                 store_sums(dot + (first + o_t) * HV, b_raw if REVERSE else b_o, b_x, m_t)
+                if dot_c is not None:
+                    store_sums(dot_c + (first + o_t) * HV, b_c, b_x, m_t)
+            if skip is not None:  # (2) and (8): after scale and weights, which are the scan's
+                b_o += skip * b_c.to(tl.float32)
             store_tile(rows_o, b_o, length, s_o, i_t, i_e, E, BT, BE, TMA)
         else:
             b_c = load_tile(rows_c, length, s_c, i_t, i_e, E, BT, BE, TMA)
