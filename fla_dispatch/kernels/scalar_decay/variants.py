@@ -125,6 +125,7 @@ _TRITON = (
     DTypes("qkv", FLOAT),
     DTypes("g", FLOAT),
     DTypes("beta", FLOAT),
+    DTypes("skip", FLOAT),
     Dim("K", 1, 256),
     Dim("V", 1, 256),
     Flag("decay", ("none", "head", "token")),

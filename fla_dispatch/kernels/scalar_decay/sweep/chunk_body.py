@@ -43,6 +43,25 @@ def load_tile(rows, length, stride, i_t, i_d, D: tl.constexpr, BT: tl.constexpr,
 
 
 @triton.jit
+def store_tile(rows, b_o, length, stride, i_t, i_d, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """The other way round, in o's dtype; nothing outside of the rows is written."""
+    if TMA:
+        rows.store([i_t * BT, i_d * BD], b_o.to(rows.dtype))
+    else:
+        o_t = tl.arange(0, BT)
+        o_d = i_d * BD + tl.arange(0, BD)
+        first = tl.cast(i_t * BT, tl.int64)
+        mask = (o_t < length - i_t * BT)[:, None] & (o_d < D)[None, :]
+        tl.store(rows + first * stride + o_t[:, None] * stride + o_d[None, :], b_o.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_sums(p, b_y, b_x, m_t):
+    """Row sums y . x in float32 to the pointers p [BT]."""
+    tl.store(p, tl.sum(b_y.to(tl.float32) * b_x.to(tl.float32), 1), mask=m_t)
+
+
+@triton.jit
 def token_decays(b_G, total, m_p, REVERSE: tl.constexpr):
     """From cumulative log2 decays of a chunk [BT] and their total: decays to each row, to the chunk's end, and M of (4)."""
     if REVERSE:
@@ -98,9 +117,11 @@ def sweep_chunks(
     o,  # [T, E] or None
     x,  # [T, E] to take row sums o . x with, or None
     dot,  # [T] float32 row sums, stride HV
+    dot_c,  # [T] float32 row sums c . x, stride HV, or None
     g,  # [T] cumulative log2 decays inside chunks (DECAY 2), or [1] log decay (DECAY 1)
     w,  # [T] float32 weights, stride HV, of rows (W 1) or columns (W 2)
     u,  # [T] float32, stride HV: the virtual ones column's partner (Z 2, 3, 4)
+    skip,  # weight of c itself in o, or None
     s_in,  # [D, E] initial state, strides SR and SC, or None
     s_out,  # [D, E] final state, or None
     z_in,  # [D] (Z 1, 4) or [E] (Z 2, 3) initial extra row, or None
@@ -151,10 +172,7 @@ def sweep_chunks(
         b_z = tl.zeros([BD if Z == 1 or Z == 4 else BE], tl.float32)
         if z_in is not None:
             b_z += tl.load(z_in + o_z, mask=m_z, other=0.0).to(tl.float32)
-    if REVERSE:
-        m_p = o_t[:, None] <= o_t[None, :]
-    else:
-        m_p = o_t[:, None] >= o_t[None, :]
+    m_p = (o_t[:, None] <= o_t[None, :]) if REVERSE else (o_t[:, None] >= o_t[None, :])
     if DECAY == 1:
         lg = tl.load(g).to(tl.float32) * LOG2E
         rel = (o_t[None, :] - o_t[:, None]) if REVERSE else (o_t[:, None] - o_t[None, :])
@@ -181,7 +199,6 @@ def sweep_chunks(
         m_t = o_t < n
         first = tl.cast(i_t * BT, tl.int64)
         b_b = load_tile(rows_b, length, s_b, i_t, 0, D, BT, BD, TMA)
-        b_c = load_tile(rows_c, length, s_c, i_t, i_e, E, BT, BE, TMA)
         i_n = (i_t - 1) if REVERSE else (i_t + 1)
         if W != 0:
             if DECAY == 2:
@@ -219,6 +236,7 @@ def sweep_chunks(
                 b_p *= b_w[None, :]
             if REVERSE:
                 b_p *= scale
+            b_c = load_tile(rows_c, length, s_c, i_t, i_e, E, BT, BE, TMA)  # not before P, beside which it would spill
             if not EXACT:
                 b_o = from_state(b_a, b_s, EXACT, PRECISION)
             if DECAY != 0:
@@ -247,13 +265,14 @@ def sweep_chunks(
                 b_o *= b_w[:, None]
             if x is not None:  # reversed: before the row weight, because the sum is then the gradient of the weight
                 b_x = load_tile(rows_x, length, s_x, i_t, i_e, E, BT, BE, TMA)
-                b_sum = tl.sum((b_raw if REVERSE else b_o) * b_x.to(tl.float32), 1)
-                tl.store(dot + (first + o_t) * HV, b_sum, mask=m_t)
-            if TMA:
-                rows_o.store([i_t * BT, i_e * BE], b_o.to(o.dtype.element_ty))
-            else:
-                p_o = o + first * s_o + o_t[:, None] * s_o + o_e[None, :]
-                tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_t[:, None] & m_e[None, :])
+                store_sums(dot + (first + o_t) * HV, b_raw if REVERSE else b_o, b_x, m_t)
+                if dot_c is not None:
+                    store_sums(dot_c + (first + o_t) * HV, b_c, b_x, m_t)
+            if skip is not None:  # (2) and (8): after scale and weights, which are the scan's
+                b_o += skip * b_c.to(tl.float32)
+            store_tile(rows_o, b_o, length, s_o, i_t, i_e, E, BT, BE, TMA)
+        else:
+            b_c = load_tile(rows_c, length, s_c, i_t, i_e, E, BT, BE, TMA)
         # (7)
         if DECAY != 0:
             b_s *= tl.exp2(total)
