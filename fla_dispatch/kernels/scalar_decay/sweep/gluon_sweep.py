@@ -36,6 +36,17 @@ def rows_of(p, length, stride, D: gl.constexpr, BT: gl.constexpr, BD: gl.constex
 
 
 @gluon.jit
+def barriers(STAGES: gl.constexpr):
+    """One barrier for the copies of each stage."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for j in gl.static_range(STAGES):
+        mbarrier.init(full.index(j), count=1)
+    fence_async_shared()
+    barrier()
+    return full
+
+
+@gluon.jit
 def span(cu, i_n, T, PACKED: gl.constexpr):
     """First token and length of a sequence."""
     if PACKED:
@@ -49,6 +60,13 @@ def span(cu, i_n, T, PACKED: gl.constexpr):
 def vector(p, t, stride, length):
     """Elements t of a vector over tokens; zero outside of [0, length)."""
     return gl.load(p + t.to(gl.int64) * stride, mask=(t >= 0) & (t < length), other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def gates(p, i_t, r, t, length, NT, BT: gl.constexpr):
+    """Cumulative log2 decays of chunk i_t by rows and by columns, and of the whole chunk."""
+    last = gl.load(p + gl.minimum(i_t * BT + BT, length) - 1, mask=(i_t >= 0) & (i_t < NT), other=0.0)
+    return vector(p, i_t * BT + r, 1, length), vector(p, i_t * BT + t, 1, length), last
 
 
 @gluon.jit
@@ -104,8 +122,10 @@ def gluon_sweep(
     o,  # [B, T, HV, E]
     x,  # [B, T, heads, E] to take row sums with, token stride s_x, or None
     dot,  # [NE, B, T, HV] float32 row sums, or None
+    dot_c,  # [NE, B, T, HV] float32 row sums c . x, or None
     g,  # [HV, B * T] cumulative log2 decays (DECAY 2), [HV] log decays (DECAY 1), or None
     w,  # [B, T, HV] weights of rows (W 1) or columns (W 2), or None
+    skip,  # [HV] weight of c itself in o, or None
     s_in,  # [N, HV, D, E] by strides SR and SC, or None
     s_out,  # the same, final state, or None
     cu,  # [N + 1] or None
@@ -167,11 +187,7 @@ def gluon_sweep(
     s_sh = gl.allocate_shared_memory(dtype, [TERMS, BD, BE], gl.NVMMASharedLayout.get_default_for([BD, BE], dtype))
     if WEIGHED:
         c_sh = gl.allocate_shared_memory(dtype, [TERMS, BT, BE], rows_c.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for j in gl.static_range(STAGES):
-        mbarrier.init(full.index(j), count=1)
-    fence_async_shared()
-    barrier()
+    full = barriers(STAGES)
     NT = gl.cdiv(length, BT)
     for j in gl.static_range(STAGES):
         fetch(rows, staged, full, j, NT, i_e, REVERSE, STAGES)
@@ -193,13 +209,13 @@ def gluon_sweep(
         M = gl.exp2(gl.where(inside, apart.to(gl.float32) * lg, float("-inf")))
     if DECAY == 2:
         p_g = g + i_hv * total.to(gl.int64) + begin
-        next_r = vector(p_g, i_t * BT + r, 1, length)
-        next_t = vector(p_g, i_t * BT + t, 1, length)
-        next_total = gl.load(p_g + gl.minimum(i_t * BT + BT, length) - 1, mask=length > 0, other=0.0)
+        next_r, next_t, next_total = gates(p_g, i_t, r, t, length, NT, BT)
     if W != 0:
         w_r = vector(w + p_token, i_t * BT + r, HV, length)
     if W == 2:
         w_t = vector(w + p_token, i_t * BT + t, HV, length)
+    if skip is not None:
+        b_skip = gl.load(skip + i_hv).to(gl.float32)
     put(S, s_sh, EXACT)
     fence_async_shared()
     barrier()
@@ -224,9 +240,7 @@ def gluon_sweep(
             whole = next_total
             G_r = gl.where(r < n, next_r, whole)
             G_t = gl.where(t < n, next_t, whole)
-            next_r = vector(p_g, i_next * BT + r, 1, length)
-            next_t = vector(p_g, i_next * BT + t, 1, length)
-            next_total = gl.load(p_g + gl.minimum(i_next * BT + BT, length) - 1, mask=(i_next >= 0) & (i_next < NT), other=0.0)
+            next_r, next_t, next_total = gates(p_g, i_next, r, t, length, NT, BT)
             to_row, to_end, M = token_decays(G_r, G_t, whole, inside, REVERSE)
         if DECAY == 1:
             whole, to_row, to_end = constant_decays(lg, r, n, BT, REVERSE)
@@ -267,12 +281,16 @@ def gluon_sweep(
         if not REVERSE:
             O = O * scale
         if x is not None:  # before the row weight: reversed, the sum is the weight's gradient; forward in time rows have none
-            sums = gl.sum(O * tile_x.index(s).load(LO).to(gl.float32), 1)
             o_t = gl.arange(0, BT, gl.SliceLayout(1, LO))
-            p_dot = dot + i_e * total.to(gl.int64) * HV + p_token + (i_t * BT + o_t).to(gl.int64) * HV
-            gl.store(p_dot, sums, mask=o_t < n)
+            p_dot = i_e * total.to(gl.int64) * HV + p_token + (i_t * BT + o_t).to(gl.int64) * HV
+            X = tile_x.index(s).load(LO).to(gl.float32)
+            gl.store(dot + p_dot, gl.sum(O * X, 1), mask=o_t < n)
+            if dot_c is not None:
+                gl.store(dot_c + p_dot, gl.sum(tile_c.index(s).load(LO).to(gl.float32) * X, 1), mask=o_t < n)
         if W == 1:
             O = O * gl.convert_layout(b_w, gl.SliceLayout(1, LO))[:, None]
+        if skip is not None:
+            O = O + b_skip * tile_c.index(s).load(LO).to(gl.float32)
         tma.store_wait(0)
         barrier()  # every warp has read this chunk's tiles, the state and the last output
         put(S, s_sh, EXACT)
@@ -302,12 +320,14 @@ def run_sweep(
     reverse: bool,
     w: torch.Tensor | None,
     W: int,
+    skip: torch.Tensor | None,
     s_in: torch.Tensor | None,
     s_out: torch.Tensor | None,
     transposed: bool,  # states are [E, D] in memory
     exact: bool,
     with_rows: tuple[torch.Tensor, int] | None,  # rows and their token stride, for row sums
     dot: torch.Tensor | None,
+    dot_c: torch.Tensor | None,
     BE: int,
     warps: int,
     stages: int,
@@ -319,7 +339,7 @@ def run_sweep(
         gluon_sweep,
         (c.N * c.HV * tiles(E, BE),),
         (
-            a, b, x, out, None if with_rows is None else with_rows[0], dot, c.g, w, s_in, s_out, c.cu, c.T, c.B * c.T, scale,
+            a, b, x, out, None if with_rows is None else with_rows[0], dot, dot_c, c.g, w, skip, s_in, s_out, c.cu, c.T, c.B * c.T, scale,
             s_a, s_b, s_x, 0 if with_rows is None else with_rows[1], c.H, c.HV,
         ),
         {
