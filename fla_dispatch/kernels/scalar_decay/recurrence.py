@@ -128,7 +128,7 @@ def residuals(t: Tensors, out: Outputs, o: Options) -> Residuals:
 def check(t: Tensors, o: Options) -> None:
     """Checks of values, from host tensors only; nothing synchronises."""
     if t.host is not None:
-        check_lengths("cu_seqlens", t.host, t.q.shape[1])
+        check_lengths("scalar_decay", t.host, t.q.shape[1])
 
 
 def facts(t: Tensors, o: Options) -> tuple[object, ...]:
