@@ -92,7 +92,7 @@ class Bridge:
         packets = getattr(torch.ops, NAMESPACE)
         self._packets = tuple(getattr(packets, f"{self.name}_{suffix}") for suffix, *_ in directions)
         self.forward_op = self._packets[0].default
-        self.backward_op = self._packets[1].default if r.differentiable else None
+        self.backward_op: Any = self._packets[1].default if r.differentiable else None
 
     def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """The outputs of the forward op: a schema with one result returns no tuple."""

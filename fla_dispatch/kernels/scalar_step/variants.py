@@ -36,16 +36,19 @@ def _configs(p: Problem) -> tuple[StepConfig, ...]:
     reach 4 TB/s at D = 128 with many rows, narrow tiles make blocks where rows are few."""
     K, V = _padded(p.K), _padded(p.V)
     tiles = ((64, 4), (64, 8), (128, 8), (32, 4), (32, 2), (16, 2), (16, 4), (16, 1))
-    found = [StepConfig(BV, warps) for BV, warps in tiles if BV <= V and K * BV <= (128 if BV == 16 else 64) * 32 * warps]
+    most = {16: 128}  # registers a thread
+    found = [StepConfig(BV, warps) for BV, warps in tiles if BV <= V and K * BV // (32 * warps) <= most.get(BV, 64)]
     return tuple(found) or (StepConfig(16, 4),)
 
 
 def step_cost(p: Problem, config: StepConfig, direction: Direction) -> float:
-    """Bytes at the rate that the blocks in flight draw; rows of a tile shorter than 256 bytes waste some of it."""
+    """Bytes at the rate that the blocks in flight draw; one unit draws up to twice its share, and rows of a tile shorter than 256 bytes
+    waste some."""
     tiles = -(-p.V // config.BV)
     blocks = p.BH * (1 if p.flag("normalize") == "true" else tiles)
     size = 2 if p.dtype("state") == "bfloat16" else 4
     busy = min(1.0, max(1, blocks) * _padded(p.K) * config.BV * size / (p.device.units * IN_FLIGHT))
+    busy *= min(1.0, 2 * max(1, blocks) / p.device.units)
     rows = min(1.0, (config.BV * size / 256) ** 0.15)
     trips = TRIP * (tiles if p.flag("normalize") == "true" else 1)
     return LAUNCH + trips + _state_bytes(p) / (p.device.bandwidth * max(busy, 1e-3) * rows)
