@@ -44,9 +44,10 @@ def check_token(
 
     Returns q, k, v, B, K, HV, V, dtype, device; under autocast the three are cast to its dtype.
     """
-    for name, x in ((n.q, q), (n.k, k), (n.v, v)):
-        if not isinstance(x, torch.Tensor):
-            _not_tensor(where, name, x)
+    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
+        for name, x in ((n.q, q), (n.k, k), (n.v, v)):
+            if not isinstance(x, torch.Tensor):
+                _not_tensor(where, name, x)
     q_shape, v_shape = q.shape, v.shape
     if len(q_shape) != 3 or len(v_shape) != 3 or k.shape != q_shape:
         _bad_shapes(where, n, q, k, v)
@@ -97,8 +98,10 @@ def check_pool(
 
 def check_pool_layout(where: str, name: str, x: torch.Tensor) -> None:
     """The entries of a slot lie one after the other, and no two slots overlap: the pool may be a slice of a larger one."""
+    if x.is_contiguous():
+        return
     inner = 1
-    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+    for size, stride in zip(x.shape[:0:-1], x.stride()[:0:-1], strict=True):
         if size != 1 and stride != inner:
             break
         inner *= size
