@@ -7,6 +7,9 @@ and padding rows are found by the kernel: a captured graph serves whatever slots
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -146,10 +149,20 @@ def scalar_step(
             tl.store(p_z, b_z.to(z.dtype.element_ty), mask=m_k)
 
 
-def _rows(x: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
+@functools.lru_cache(maxsize=1024)
+def _constants(config: StepConfig, o: Options, K: int, V: int, skip: int) -> tuple[int, dict[str, Any]]:
+    """Blocks of a head, and the kernel's compile-time constants."""
+    tiles = -(-V // config.BV)
+    held = tiles if o.normalize else 1
+    return tiles // held, {
+        "K": K, "V": V, "BK": tile(K), "BV": config.BV, "TILES": held, "DECAY": DECAYS.get(o.decay, 1), "NORMALIZE": o.normalize,
+        "L2NORM": o.l2norm, "SOFTPLUS": o.softplus, "LIMIT": limited(o), "SKIP": skip, "EPS": EPS, "EPS_NORM": EPS_NORM,
+        "FLOOR": MIN_LOG_DECAY,
+    }  # fmt: skip
+
+
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     """x [B, H, D] with its last dimension contiguous, and the strides of rows and heads; copied only where it is not."""
-    if x is None:
-        return None, 0, 0
     b, h, d = x.stride()
     if d == 1 or x.shape[2] == 1:
         return x, b, h
@@ -158,36 +171,29 @@ def _rows(x: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
 
 
 def forward(config: StepConfig, t: Tensors, o: Options) -> Outputs:
-    B, H, K = t.q.shape
-    HV, V = t.v.shape[1:]
-    q, s_qb, s_qh = _rows(t.q)
-    k, s_kb, s_kh = _rows(t.k)
-    v, s_vb, s_vh = _rows(t.v)
-    gate, s_tb, s_th = _rows(t.gate)
-    g, A, state, z = t.g, t.A, t.state, t.z
+    q, k, v, state, z, slots, g, A, bias, D, gate = t
+    B, H, K = q.shape
+    _, HV, V = v.shape
+    q, s_qb, s_qh = _rows(q)
+    k, s_kb, s_kh = _rows(k)
+    v, s_vb, s_vh = _rows(v)
+    gate, s_tb, s_th = (None, 0, 0) if gate is None else _rows(gate)
     s_gb, s_gh = (0, 0) if g is None else g.stride()
     if o.decay in ("retention", "lightning"):
         A = head_decay(o.decay, o.rate, HV, q.device)
-    slots, A, bias, D = (None if x is None else x.contiguous() for x in (t.slots, A, t.bias, t.D))
-    out = t.v.new_empty((B, HV, V))
-    tiles = -(-V // config.BV)
-    held = tiles if o.normalize else 1
+    slots, A, bias, D = [None if x is None else x.contiguous() for x in (slots, A, bias, D)]
+    out = v.new_empty((B, HV, V))
+    blocks, constants = _constants(config, o, K, V, 0 if D is None else D.dim())
     launch(
         scalar_step,
-        (B * HV * (tiles // held),),
+        (B * HV * blocks,),
         (
             q, k, v, state, z, slots, g, A, bias, D, gate, out, o.scale, o.low, o.high, s_qb, s_qh, s_kb, s_kh, s_vb, s_vh,
             state.stride(0), 0 if z is None else z.stride(0), s_gb, s_gh, s_tb, s_th, H, HV,
         ),
-        {
-            "K": K, "V": V, "BK": tile(K), "BV": config.BV, "TILES": held, "DECAY": DECAYS.get(o.decay, 1), "NORMALIZE": o.normalize,
-            "L2NORM": o.l2norm, "SOFTPLUS": o.softplus, "LIMIT": limited(o), "SKIP": 0 if D is None else D.dim(), "EPS": EPS,
-            "EPS_NORM": EPS_NORM, "FLOOR": MIN_LOG_DECAY,
-        },
+        constants,
         config.warps,
         1,
     )  # fmt: skip
-    torch.autograd.graph.increment_version(state)  # autograd cannot see that the kernel wrote to it
-    if z is not None:
-        torch.autograd.graph.increment_version(z)
+    torch.autograd.graph.increment_version(state if z is None else (state, z))  # autograd cannot see that the kernel wrote
     return Outputs(out)
