@@ -184,3 +184,28 @@ def test_steps_are_measured_and_not_demonstrated(run: Any, tmp_path: Path) -> No
     rows = json.loads(out)["rows"]
     assert code == 0 and {r["variant"] for r in rows} == {"step_torch"} and all({"o", "state"} <= set(r["errors"]) for r in rows)
     assert "B (rows)" in page.read_text(encoding="utf-8")
+
+
+def test_warmup_of_steps_names_their_pools(run: Any) -> None:
+    arguments = [
+        "warmup",
+        "--op",
+        "retention_step",
+        "--serve",
+        "--check",
+        "--device",
+        "cpu",
+        "--heads",
+        "2",
+        "--head-dim",
+        "16",
+        "--batch",
+        "1",
+    ]
+    code, out, _ = run(*arguments, "--state-dtype", "bfloat16", "--json")
+    left = [x["call"] for x in json.loads(out)["left"]]
+    assert code == 1 and len(left) == 2 and all(text.endswith("state_dtype=bfloat16") for text in left)
+    code, _, err = run(*arguments, "--state-dtype", "bfloat")
+    assert code == 2 and "float32 or bfloat16" in err
+    code, _, err = run("warmup", "--op", "retention_step", "--device", "cpu")
+    assert code == 2 and "no gradients" in err

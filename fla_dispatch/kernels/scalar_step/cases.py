@@ -215,7 +215,10 @@ def _example(
         fix = f"choose {heads} % {group} == 0"
         bad_call(op, "sizes", expected=f"{heads} a multiple of {group}", got=f"{s.HV} and {s.H}", fix=fix)
     chosen = dict(options)
-    pools, pool = getattr(torch, chosen.pop("state_dtype", "float32")), chosen.pop("pool", "none")
+    name, pool = chosen.pop("state_dtype", "float32"), chosen.pop("pool", "none")
+    pools = getattr(torch, str(name), None)
+    if not isinstance(pools, torch.dtype):
+        bad_call(op, "state_dtype", expected="float32 or bfloat16", got=repr(name), fix="name one of these")
     made = make_inputs(op, s, dtype, device, seed=seed, state_dtype=pools, pool=pool, options=tuple(chosen.items()))
     return made.args, made.kwargs
 

@@ -84,7 +84,8 @@ def scalar_step(
     pid = tl.program_id(0)
     NV: tl.constexpr = (V + BV * TILES - 1) // (BV * TILES)
     i_hv = (pid // NV) % HV
-    i_h = i_hv // (HV // H)
+    i_h = tl.cast(i_hv // (HV // H), tl.int64)
+    i_hv = tl.cast(i_hv, tl.int64)
     i_b = tl.cast(pid // NV // HV, tl.int64)
     first = (pid % NV) * TILES
     i_s = i_b if slots is None else tl.load(slots + i_b).to(tl.int64)
@@ -96,6 +97,10 @@ def scalar_step(
             o_v = (first + j) * BV + tl.arange(0, BV)
             tl.store(p_o + o_v, tl.zeros([BV], o.dtype.element_ty), mask=o_v < V)
     else:
+        p_s = state + i_s * s_s + i_hv * (K * V) + o_k[:, None] * V
+        if TILES == 1:  # the long way to memory begins before what is small is waited for
+            o_v = first * BV + tl.arange(0, BV)
+            b_s = tl.load(p_s + o_v[None, :], mask=m_k[:, None] & (o_v < V)[None, :], other=0.0).to(tl.float32)
         b_q = tl.load(q + i_b * s_qb + i_h * s_qh + o_k, mask=m_k, other=0.0).to(tl.float32)
         b_k = tl.load(k + i_b * s_kb + i_h * s_kh + o_k, mask=m_k, other=0.0).to(tl.float32)
         if L2NORM:  # (6)
@@ -125,8 +130,8 @@ def scalar_step(
             o_v = (first + j) * BV + tl.arange(0, BV)
             m_v = o_v < V
             m_s = m_k[:, None] & m_v[None, :]
-            p_s = state + i_s * s_s + i_hv * (K * V) + o_k[:, None] * V + o_v[None, :]
-            b_s = tl.load(p_s, mask=m_s, other=0.0).to(tl.float32)
+            if TILES > 1:
+                b_s = tl.load(p_s + o_v[None, :], mask=m_s, other=0.0).to(tl.float32)
             b_v = tl.load(v + i_b * s_vb + i_hv * s_vh + o_v, mask=m_v, other=0.0).to(tl.float32)
             if DECAY != 0:
                 b_s *= a
@@ -144,7 +149,7 @@ def scalar_step(
             tl.store(p_o + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
             # a small tile is held by several warps at once, and all must have read it before one of them writes
             tl.debug_barrier()
-            tl.store(p_s, b_s.to(state.dtype.element_ty), mask=m_s)
+            tl.store(p_s + o_v[None, :], b_s.to(state.dtype.element_ty), mask=m_s)
         if NORMALIZE:
             tl.store(p_z, b_z.to(z.dtype.element_ty), mask=m_k)
 
