@@ -19,7 +19,7 @@ PLAIN = env -u TRITON_INTERPRET -u FLA_DISPATCH_USE $(PYTEST)
 .PHONY: run test check test-unit test-interpreter test-compile-ahead test-gpu bench clean
 
 run: $(READY)
-	$(PY) -m fla_dispatch.cli demo
+	$(PY) -m fla_dispatch demo
 
 # The interpreter is switched on for a whole process when triton is imported, and compile-ahead needs it off: own processes.
 test: check

@@ -1,6 +1,6 @@
 """Times every config of Triton variants at some shapes, past the dispatcher: for those who write kernels.
 
-    python -m benchmarks.configs --cases retention:4,4096,16,128 "linear_attn normalized:8,2048,32,64" [--variants sweep_gluon]
+    python -m benchmarks.configs --cases retention:4,4096,16,128 "linear_attn normalized:8,2048,32,64" [--variants sweep_triton]
 
 Each config runs forward and backward of the recurrence on the inputs of the op (no states), is compared with chunk_torch in float32,
 and is timed eagerly and as a replayed graph. Kernels are compiled in parallel processes first. A config that fails costs itself;

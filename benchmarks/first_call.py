@@ -109,7 +109,7 @@ def main() -> None:
         return
     os.environ.setdefault("FLA_FLASH_QLA", "0")
     call = ["-m", "benchmarks.first_call", "--shape", given.shape, "--device", given.device, "--child"]
-    cli = ["-m", "fla_dispatch.cli"]
+    cli = ["-m", "fla_dispatch"]
     warm = [*cli, "warmup", "--op", "retention", "--train", "--device", given.device, "--json"]
     warm += ["--batch", str(B), "--length", str(T), "--heads", str(H), "--head-dim", str(D)]
     rows: dict[str, Any] = {}

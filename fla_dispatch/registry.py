@@ -153,8 +153,10 @@ class Recurrence:
     """The mathematics that variants implement, and the shapes that a compiler must know without running one.
 
     tensors, options: NamedTuple types; a tensor field whose annotation admits None is optional; options are float, int,
-    str or bool, `final_state` among them.
+    str or bool, `final_state` among them unless states are updated in place.
     outputs: NamedTuple type, first the outputs that carry gradients in the order of output_grads; state is the second.
+    mutates: names of the tensors that a forward updates in place; such a recurrence has no gradients, and what its variants
+    leave in these tensors is proven like an output.
     saved, gradients, output_grads: NamedTuple types of what backward gets and gives. saved starts with `tensors` and holds
     outputs after it; gradients has the fields `differentiable`; output_grads the names of outputs that carry gradients.
     differentiable: names of the tensors that get gradients.
@@ -182,6 +184,7 @@ class Recurrence:
     flops: Callable[[Any, Any], int]
     variants: tuple[Variant, ...]
     workload: Workload | None = None
+    mutates: tuple[str, ...] = ()
 
     def variant(self, name: str) -> Variant:
         for v in self.variants:
@@ -210,7 +213,7 @@ class Op:
 
 
 #: One line per room, each a folder of `kernels/` with `ops.py` and `variants.py`.
-ROOMS = ("scalar_decay",)
+ROOMS = ("scalar_decay", "scalar_step")
 
 _ops: dict[str, Op] = {}
 _recurrences: dict[str, Recurrence] = {}
@@ -234,11 +237,13 @@ def _check_fields(r: Recurrence) -> None:
     carried = r.output_grads._fields
     if r.gradients._fields != r.differentiable or not set(r.differentiable) <= set(r.tensors._fields):
         raise RegistrationError(f"{r.name}: `gradients` and `differentiable` must name the same tensors in the same order")
-    if r.outputs._fields[: len(carried)] != carried or len(r.outputs._fields) < 2:
+    if not set(r.mutates) <= set(r.tensors._fields) or (r.mutates and (r.differentiable or carried)):
+        raise RegistrationError(f"{r.name}: `mutates` must name tensors of a recurrence without gradients, got {r.mutates}")
+    if r.outputs._fields[: len(carried)] != carried or len(r.outputs._fields) < (1 if r.mutates else 2):
         raise RegistrationError(f"{r.name}: outputs {r.outputs._fields} must begin with those that carry gradients, {carried}")
     if r.saved._fields[0] != "tensors" or not set(r.saved._fields[1:]) <= set(r.outputs._fields):
         raise RegistrationError(f"{r.name}: `saved` must hold `tensors` first, then outputs")
-    if "final_state" not in r.options._fields:
+    if not r.mutates and "final_state" not in r.options._fields:
         raise RegistrationError(f"{r.name}: options have no field `final_state`")
 
 

@@ -95,7 +95,8 @@ def test_doctor(run: Any) -> None:
     found = json.loads(out)
     assert found["ok"] == (code == 0) and code in (0, 1)
     assert triton_before or "triton" not in sys.modules
-    rows = {row["variant"]: row for row in found["variants"]}
+    rows = {row["variant"]: row for row in found["variants"] if row["recurrence"] == "scalar_decay"}
+    assert {row["variant"] for row in found["variants"] if row["recurrence"] == "scalar_step"} == {"step_triton", "step_torch", "reference"}
     assert set(rows) == {v.name for v in registry.get_recurrence("scalar_decay").variants}
     assert all(row["available"] or (row["why"] and row["remedy"]) for row in rows.values())
     assert rows["reference"]["available"] and rows["chunk_torch"]["trains"]
@@ -170,3 +171,41 @@ def test_gradient_tokens() -> None:
     assert demo.gradient_tokens({"B": 1, "T": 512, "H": 8}, 64, 1 << 27) == 512
     cut = demo.gradient_tokens({"B": 4, "T": 4096, "H": 16, "HV": 0}, 128, 4 << 30)
     assert cut < 4096 and cut * 8 * 4 * 16 * 128 * 128 <= 4 << 30 < 2 * cut * 8 * 4 * 16 * 128 * 128
+
+
+def test_steps_are_measured_and_not_demonstrated(run: Any, tmp_path: Path) -> None:
+    code, _, err = run("demo", "--device", "cpu", "--op", "retention_step")
+    assert code == 2 and "without" in err and "bench --op retention_step" in err
+    page = tmp_path / "steps.html"
+    sizes = ["--size", "B=1,2", "--size", "H=2", "--size", "D=16", "--seconds", "0.01"]
+    code, out, _ = run(
+        "bench", "--op", "mamba2_step", "--device", "cpu", "--dtype", "float32", *sizes, "--report", str(page), "--json"
+    )  # fmt: skip
+    rows = json.loads(out)["rows"]
+    assert code == 0 and {r["variant"] for r in rows} == {"step_torch"} and all({"o", "state"} <= set(r["errors"]) for r in rows)
+    assert "B (rows)" in page.read_text(encoding="utf-8")
+
+
+def test_warmup_of_steps_names_their_pools(run: Any) -> None:
+    arguments = [
+        "warmup",
+        "--op",
+        "retention_step",
+        "--serve",
+        "--check",
+        "--device",
+        "cpu",
+        "--heads",
+        "2",
+        "--head-dim",
+        "16",
+        "--batch",
+        "1",
+    ]
+    code, out, _ = run(*arguments, "--state-dtype", "bfloat16", "--json")
+    left = [x["call"] for x in json.loads(out)["left"]]
+    assert code == 1 and len(left) == 2 and all(text.endswith("state_dtype=bfloat16") for text in left)
+    code, _, err = run(*arguments, "--state-dtype", "bfloat")
+    assert code == 2 and "float32 or bfloat16" in err
+    code, _, err = run("warmup", "--op", "retention_step", "--device", "cpu")
+    assert code == 2 and "no gradients" in err

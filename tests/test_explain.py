@@ -71,7 +71,7 @@ def qkv_like(where: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("arch", ["sm80", "sm90", "sm120", "gfx942", "gfx950", "xe", "cpu", None])
 @pytest.mark.parametrize("packed", [False, True])
 def test_explain_for_devices_that_are_not_here(arch: str | None, packed: bool) -> None:
-    for name in fd.ops():
+    for name in (name for name in fd.ops() if "T" in registry.get_op(name).sizes):
         why = fd.explain(name, device=arch, packed=packed, grad=True, initial_state=True, output_final_state=True, T=512)
         assert why.tier in ("estimate", "reference")
         if arch not in (None, "cpu") and arch != "xe":

@@ -30,7 +30,7 @@ KWARGS_ALLOWED = {
 }
 
 #: Parameters of kernels that hold numbers, beside sizes (capitals), strides (s_), indices (i_) and constexprs.
-NUMBERS = {"scale", "eps", "length", "total", "rows", "per_row"}
+NUMBERS = {"scale", "eps", "low", "high", "length", "total", "rows", "per_row"}
 
 #: Arguments that change from call to call without any change of the compiled code being worth having (promise 4).
 UNSPECIALIZED = {"T", "N", "scale", "total"}

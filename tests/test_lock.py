@@ -129,6 +129,12 @@ def test_differences() -> None:
     assert "now nothing" in lock.differences([a], [])[0] and "locked nothing" in lock.differences([], [a])[0]
 
 
+def test_nothing_to_lock(shelf: Shelves, tmp_path: Path, run: Any) -> None:  # noqa: F811  the fixture
+    path = tmp_path / "decisions.lock"
+    code, _, err = run("lock", str(path), "--device", "cpu")
+    assert code == 2 and "warmup" in err and not path.exists()
+
+
 def test_command(shelf: Shelves, tmp_path: Path, run: Any) -> None:  # noqa: F811  the fixture
     shelf.put("user", record(call_key(), outcome("chunk_torch", TorchConfig(16))))
     path = str(tmp_path / "decisions.lock")

@@ -166,6 +166,15 @@ def test_wrong_scale(op: str) -> None:
         wrong(op, make(op), "scale", "Python float", scale=scale)
 
 
+@pytest.mark.parametrize(
+    ("op", "flag"),
+    [*((op, "output_final_state") for op in OP_NAMES), ("linear_attn", "normalize"), ("mamba2", "dt_softplus")],
+)
+@pytest.mark.parametrize("value", ["no", 1, None, torch.tensor(True)], ids=["text", "number", "None", "tensor"])
+def test_wrong_flags(op: str, flag: str, value: Any) -> None:
+    wrong(op, make(op), flag, "True or False", **{flag: value})
+
+
 def test_wrong_gates() -> None:
     inputs = make("simple_gla")
     wrong("simple_gla", change(inputs, g=lambda x: x[..., :2]), "shape of g", "= [2, 6, 4]")

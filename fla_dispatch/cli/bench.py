@@ -53,8 +53,9 @@ def run(
     values = parse_values(sizes)
     wholes = [whole_sizes(op, dict(zip(values, numbers, strict=True))) for numbers in itertools.product(*values.values())]
     for whole in wholes:
-        if not whole["B"] * whole["T"]:
-            raise CallError(f"bench: --size: expected tokens to measure, got B={whole['B']} T={whole['T']}. To fix: give both at least 1.")
+        if not whole["B"] * whole.get("T", 1):
+            got = " ".join(f"{name}={whole[name]}" for name in ("B", "T") if name in whole)
+            raise CallError(f"bench: --size: expected tokens to measure, got {got}. To fix: give each at least 1.")
     with output.progress() as progress:
         task = progress.add_task("bench", total=None)
         document = measure(

@@ -63,7 +63,11 @@ class Result:
 
 def run(device_text: str | None, only: list[str], as_json: bool) -> int:
     device = default_device() if device_text is None else _device(device_text)
-    names = [registry.get_op(name).name for name in only] or registry.op_names()
+    names = [registry.get_op(name).name for name in only] or [name for name in registry.op_names() if _trains(name)]
+    for name in names:
+        if not _trains(name):
+            fix = f"name {name.removesuffix('_step')}, or measure it with fla-dispatch bench --op {name}"
+            raise CallError(f"demo: --op {name}: expected an op with gradients, got one without. To fix: {fix}.")
     on_gpu = device.type != "cpu"
     sizes, dtype = (GPU_SIZES, torch.bfloat16) if on_gpu else (CPU_SIZES, torch.float32)
     results = []
@@ -86,6 +90,10 @@ def run(device_text: str | None, only: list[str], as_json: bool) -> int:
         if failed:
             output.console().print(f"error above tolerance: {', '.join(failed)}", style="bold red")
     return 1 if failed else 0
+
+
+def _trains(name: str) -> bool:
+    return bool(registry.get_recurrence(registry.get_op(name).recurrence).differentiable)
 
 
 def _device(text: str) -> torch.device:

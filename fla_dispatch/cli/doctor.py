@@ -129,7 +129,8 @@ def problems(recurrence: registry.Recurrence, device: DeviceProfile) -> list[Pro
     op = next(op for op in map(registry.get_op, registry.op_names()) if op.recurrence == recurrence.name)
     found = []
     for dtype, length in itertools.product(DTYPES, LENGTHS):
-        args, kwargs = op.example({**op.sizes, "T": length}, getattr(torch, dtype), "meta")
+        sizes = {name: length if name == "T" else size for name, size in op.sizes.items()}
+        args, kwargs = op.example(sizes, getattr(torch, dtype), "meta")
         lowering = op.contract(*args, **kwargs)
         for grad in (False, True):
             problem = recurrence.problem(lowering.tensors, lowering.options, grad)

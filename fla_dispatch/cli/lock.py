@@ -9,6 +9,7 @@ import torch
 
 from ..device import profile
 from ..dispatch import locking
+from ..errors import CallError
 from . import output
 from .tune import device_of
 
@@ -33,6 +34,11 @@ def run(path: Path, calls: list[Call], device: str | None, add: bool, check: boo
     else:
         made = locking.entries(where, keys)
         kept = [e for e in lock.read(path).entries if e.environment != _environment(where)] if add and path.exists() else []
+        if not made and not kept:
+            raise CallError(
+                f"{path}: expected decisions to lock, got no record and no call of this device. To fix: run `fla-dispatch warmup`, or name "
+                "the calls (--op, --workload)."
+            )
         document = {"path": str(path), "digest": lock.write(path, [*kept, *made]), "entries": len(made) + len(kept), "differences": []}
         lines = []
     if as_json:

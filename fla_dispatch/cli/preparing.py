@@ -16,13 +16,14 @@ ValueHeads = Annotated[int | None, typer.Option(help="Value heads, where they ar
 HeadDim = Annotated[int | None, typer.Option(help="Head dim of queries, keys and values.")]
 ValueDim = Annotated[int | None, typer.Option(help="Head dim of values, where it is another.")]
 StateDim = Annotated[int | None, typer.Option(help="State dim N of Mamba-2.")]
+StateDType = Annotated[str, typer.Option("--state-dtype", help="dtype of the pools of steps: float32 or bfloat16.")]
 Size = Annotated[list[str] | None, typer.Option(help="Any other size of the op, NAME=NUMBER; may be repeated.")]
 Batch = Annotated[str | None, typer.Option(help="Sequences of a call: 8 or 1,8. Default: 8 in training, 1,8 in serving.")]
 Length = Annotated[
     str | None, typer.Option(help="Tokens of a sequence: 4096, 64,4096 or 64:4096. Default: 4096 in training, 64:4096 in serving.")
 ]
 Train = Annotated[bool, typer.Option("--train", help="Calls with gradients (the default).")]
-Serve = Annotated[bool, typer.Option("--serve", help="Prefill with states, and decode.")]
+Serve = Annotated[bool, typer.Option("--serve", help="Prefill with states, and decode, as a call and as a step.")]
 Packed = Annotated[str, typer.Option(help="dense, packed or both.")]
 Device = Annotated[str | None, typer.Option(help="A torch device. Default: a GPU if there is one.")]
 
@@ -42,6 +43,7 @@ def _warmup(
     head_dim: HeadDim = None,
     value_dim: ValueDim = None,
     state_dim: StateDim = None,
+    state_dtype: StateDType = "float32",
     size: Size = None,
     batch: Batch = None,
     length: Length = None,
@@ -57,7 +59,10 @@ def _warmup(
     """Measure what is missing for the calls of a model, launch each once so that its kernels are compiled, and say what is left."""
     from . import warmup as command
 
-    words = {"heads": heads, "value_heads": value_heads, "head_dim": head_dim, "value_dim": value_dim, "state_dim": state_dim}
+    words: dict[str, int | str | None] = {
+        "heads": heads, "value_heads": value_heads, "head_dim": head_dim, "value_dim": value_dim, "state_dim": state_dim,
+        "state_dtype": state_dtype,
+    }  # fmt: skip
     uses = ["train"] * train + ["serve"] * serve
     calls = command.calls_of(op or [], uses, dtype or [], words, size or [], batch, length, packed, workload)
     raise typer.Exit(command.run(calls, device, budget, check, strict, json))

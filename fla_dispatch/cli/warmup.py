@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def calls_of(
-    ops: list[str], uses: list[str], dtypes: list[str], words: dict[str, int | None], sizes: list[str], batch: str | None,
+    ops: list[str], uses: list[str], dtypes: list[str], words: dict[str, Any], sizes: list[str], batch: str | None,
     length: str | None, layout: str, workload: Path | None,
 ) -> list[Call]:  # fmt: skip
     """The calls that a command line names. Raises CallError, UnknownNameError."""

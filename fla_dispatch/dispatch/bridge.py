@@ -4,7 +4,8 @@
     fla_dispatch::<recurrence>_backward(tensors, saved outputs, output gradients, options, bool[] wanted, str? choice) -> gradients
 
 Both are opaque to compilers, choose their variant when they run (so one graph serves all lengths), and return new contiguous
-tensors that alias nothing; what was not asked for is empty(0). Schemas follow from the recurrence's NamedTuples. Eager
+tensors that alias nothing; what was not asked for is empty(0). Schemas follow from the recurrence's NamedTuples: tensors that it
+updates in place are `Tensor(a!)`, which compilers turn into functions and back, and without gradients there is no backward. Eager
 calls do not come through here.
 """
 
@@ -26,10 +27,11 @@ NAMESPACE = "fla_dispatch"
 _SCALARS = {float: "float", int: "int", bool: "bool", str: "str"}
 
 
-def _tensor_arguments(fields: type[Any]) -> list[str]:
+def _tensor_arguments(fields: type[Any], mutates: tuple[str, ...]) -> list[str]:
     hints = typing.get_type_hints(fields)
-    optional = {name: types.NoneType in typing.get_args(hints[name]) for name in fields._fields}
-    return [f"{'Tensor?' if optional[name] else 'Tensor'} {name}" for name in fields._fields]
+    written = {name: f"({chr(ord('a') + i)}!)" for i, name in enumerate(mutates)}
+    optional = {name: "?" if types.NoneType in typing.get_args(hints[name]) else "" for name in fields._fields}
+    return [f"Tensor{written.get(name, '')}{optional[name]} {name}" for name in fields._fields]
 
 
 def _option_arguments(options: type[Any]) -> list[str]:
@@ -71,24 +73,31 @@ class Bridge:
         self._define(r)
 
     def _define(self, r: registry.Recurrence) -> None:
-        tensors, options = _tensor_arguments(r.tensors), _option_arguments(r.options)
+        tensors, options = _tensor_arguments(r.tensors, r.mutates), _option_arguments(r.options)
         forward = [*tensors, *options, "bool grad", "str? choice"]
         saved = [f"Tensor? saved_{name}" for name in r.saved._fields[1:]]
         grads = [f"Tensor? grad_{name}" for name in r.output_grads._fields]
         backward = [*tensors, *saved, *grads, *options, "bool[] wanted", "str? choice"]
         self._library = torch.library.Library(NAMESPACE, "FRAGMENT")
-        for suffix, arguments, count, kernel, fake in (
+        directions = (
             ("forward", forward, len(r.outputs._fields), self._forward, self._fake_forward),
             ("backward", backward, len(r.differentiable), self._backward, self._fake_backward),
-        ):
+        )[: 2 if r.differentiable else 1]
+        for suffix, arguments, count, kernel, fake in directions:
             op = f"{self.name}_{suffix}"
             schema = f"{op}({', '.join(arguments)}) -> ({', '.join(['Tensor'] * count)})"
             self._library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             self._library.impl(op, kernel, "CompositeExplicitAutograd")
             torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=self._library)
         packets = getattr(torch.ops, NAMESPACE)
-        self._packets = tuple(getattr(packets, f"{self.name}_{suffix}") for suffix in ("forward", "backward"))
-        self.forward_op, self.backward_op = (packet.default for packet in self._packets)
+        self._packets = tuple(getattr(packets, f"{self.name}_{suffix}") for suffix, *_ in directions)
+        self.forward_op = self._packets[0].default
+        self.backward_op: Any = self._packets[1].default if r.differentiable else None
+
+    def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """The outputs of the forward op: a schema with one result returns no tuple."""
+        found = self.forward_op(*args)
+        return (found,) if self.n_outputs == 1 else found
 
     def wanted(self, where: tuple[int, ...], need: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[int, ...]]:
         """Which gradients the autograd.Function wants, and for each tensor it was given the gradient's position, or -1.
@@ -114,15 +123,17 @@ class Bridge:
         grads = self.output_grads(*map(asked, args[n + s : n + s + g]))
         return residuals, grads, self.options(*args[n + s + g : n + s + g + self.n_options])
 
-    def _forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
+    def _forward(self, *args: Any) -> tuple[torch.Tensor, ...] | torch.Tensor:
         tensors, options = self._split(args)
         grad, choice = args[-2:]
         self.check(tensors, options)
         plan = self.plans.lookup(tensors, options, grad, choice)
-        return _fresh(plan.forward(plan.forward_config, tensors, options), tensors, tensors[0])
+        found = _fresh(plan.forward(plan.forward_config, tensors, options), tensors, tensors[0])
+        return found if self.n_outputs > 1 else found[0]
 
-    def _fake_forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(self.empty_outputs(*self._split(args)))
+    def _fake_forward(self, *args: Any) -> tuple[torch.Tensor, ...] | torch.Tensor:
+        found = tuple(self.empty_outputs(*self._split(args)))
+        return found if self.n_outputs > 1 else found[0]
 
     def _backward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         residuals, grads, options = self._split_backward(args)
@@ -149,7 +160,7 @@ class Bridge:
         counter = sys.modules.get("torch.utils.flop_counter")
         if counter is None:
             return
-        formulas = dict(zip(self._packets, (self._forward_flops, self._backward_flops), strict=True))
+        formulas = dict(zip(self._packets, (self._forward_flops, self._backward_flops), strict=False))
         counter.flop_registry.update(formulas)
         for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
             active = getattr(getattr(mode, "counter", None), "flop_registry", None)

@@ -280,7 +280,7 @@ def explain(
                 f"{name}: size {size}: expected an integer >= 0, got {value!r}. To fix: pass for example {size}={found.sizes[size]}."
             )
     whole = {**found.sizes, **sizes}
-    lengths = [whole["T"]] * whole["B"] if packed else None
+    lengths = [whole.get("T", 1)] * whole["B"] if packed else None
     args, kwargs = found.example(
         whole, _dtype(dtype), "meta", lengths=lengths, initial_state=initial_state, output_final_state=output_final_state
     )

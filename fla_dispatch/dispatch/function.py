@@ -35,7 +35,7 @@ class RecurrenceFunction(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[Any, ...], *present: Tensor) -> Any:
         bridge, plan, tensors, options, choice = call
         if plan is None:
-            outputs = bridge.outputs(*bridge.forward_op(*tensors, *options, True, choice))
+            outputs = bridge.outputs(*bridge.forward(*tensors, *options, True, choice))
             where = tuple([i for i in bridge.positions if tensors[i] is not None])
             ctx.call = bridge, plan, where, options, choice
             ctx.save_for_backward(*present, *[tensors[i] for i in bridge.others], *bridge.residuals(tensors, outputs, options)[1:])
@@ -118,7 +118,7 @@ def run_recording(bridge: Bridge, plan: Plan, tensors: Any, options: Any, choice
 def run_ops(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> tuple[Any, ...]:
     """All outputs through the library ops; the only road of traced code."""
     if not (torch.is_grad_enabled() and needs_grad(bridge, tensors)):
-        return bridge.forward_op(*tensors, *options, False, choice)
+        return bridge.forward(*tensors, *options, False, choice)
     present: list[Tensor] = []
     for i in bridge.positions:
         x = tensors[i]

@@ -59,7 +59,7 @@ def launch(call: Call, device: torch.device) -> None:
     lengths = [call.size("T")] * call.size("B") if call.packed else None
     args, kwargs = found.example(
         dict(call.sizes), getattr(torch, call.dtype), device, lengths=lengths, initial_state=call.initial_state,
-        output_final_state=call.final_state, requires_grad=call.grad,
+        output_final_state=call.final_state, requires_grad=call.grad, options=call.options,
     )  # fmt: skip
     with torch.enable_grad() if call.grad else torch.no_grad():
         result = op(call.op)(*args, **kwargs)

@@ -23,7 +23,7 @@ from ..registry import Recurrence, Trial
 from . import environment, timing
 from .jobs import Entry, Race, backward_calls, classify, forward_calls
 from .keys import dtype_of
-from .proof import Prover, backward_results, forward_results, module_of
+from .proof import Prover, backward_results, forward_results, fresh, module_of
 
 DIRECTIONS = ("forward", "backward")
 
@@ -177,7 +177,7 @@ class _Here:
         carried, wanted = outputs[: len(recurrence.output_grads._fields)], [getattr(tensors, x) for x in recurrence.differentiable]
         given = recurrence.residuals(tensors, outputs, options)
         self.bytes = {
-            "forward": _nbytes(tensors) + _nbytes(outputs),
+            "forward": _nbytes(tensors) + _nbytes(outputs) + _nbytes(getattr(tensors, name) for name in recurrence.mutates),
             "backward": _nbytes(given[0]) + _nbytes(given[1:]) + _nbytes(carried) + _nbytes(wanted),
         }
 
@@ -196,7 +196,6 @@ class _Here:
         same = dataclasses.replace(w, make_trial=lambda trial, device, seed: (self.tensors, self.options))
         prover = Prover(dataclasses.replace(r, workload=same), self.device)
         trial = Trial("bench", self.problem, max(1, self.problem.BH // max(1, self.problem.N)))
-        dtype = getattr(torch, str(dict(self.problem.dtypes)["qkv"]))
         for direction in DIRECTIONS:
             rows = [(row, pick) for row, pick in made if row.direction == direction and row.status == "ok"]
             backward, why = direction == "backward", ""
@@ -212,13 +211,13 @@ class _Here:
                 run = backward_results if backward else forward_results
                 try:
                     errors = prover.errors(
-                        run(r, module_of(r.variant(pick.variant)), pick.config, case, self.tensors), case, backward
+                        run(r, module_of(r.variant(pick.variant)), pick.config, case, fresh(r, self.tensors)), case, backward
                     )  # fmt: skip
                 except Exception as error:  # whatever a variant raises is its result
                     row.status, row.detail = classify(error)
                     continue
                 row.errors = {name: x if math.isfinite(x) else None for name, x in errors.items()}
-                row.tolerances = {name: w.tolerance(dtype, name) for name in errors}
+                row.tolerances = prover.tolerances(case, errors)
                 if any(not x <= row.tolerances[name] for name, x in errors.items()):
                     row.status, row.detail = "wrong", "an error is above its tolerance"
 

@@ -156,6 +156,8 @@ class Jobs:
 
 
 def forward_calls(r: Recurrence, tensors: Any, options: Any, entries: list[Entry]) -> dict[int, timing.Call]:
+    """What is updated in place goes on being updated from one sample to the next: a room's inputs keep that finite."""
+
     def call(e: Entry) -> timing.Call:
         module = module_of(r.variant(e.variant))
         return lambda: module.forward(e.config, tensors, options)

@@ -54,7 +54,7 @@ def key_of(
     """The Key of a call of an op with these sizes (the rest as the op's defaults). Raises UnknownNameError for an unknown name."""
     found = registry.get_op(op)
     whole, real = whole_sizes(op, sizes), dtype_of(dtype)
-    lengths = [whole["T"]] * whole["B"] if packed else None
+    lengths = [whole.get("T", 1)] * whole["B"] if packed else None
     args, kwargs = found.example(
         whole,
         real,
@@ -106,7 +106,7 @@ def expand(row: Mapping[str, Any], device: DeviceProfile) -> list[tuple[str, Pro
             dtype = str(chosen.pop("dtype", "bfloat16"))
             options = chosen.pop("options", None)
             whole = {**registry.get_op(op).sizes, **chosen}
-            if most is None or whole["B"] * whole["T"] <= most:
+            if most is None or whole["B"] * whole.get("T", 1) <= most:
                 found[registry.get_op(op).recurrence, key_of(op, chosen, device, dtype=dtype, options=options, **switches)] = None
     return list(found)
 

@@ -2,14 +2,15 @@
 
 A proof runs a room's trials (registry.Workload): small calls with odd lengths, stress gates and more than one wave of blocks.
 Inputs and outputs stand between guard bands (guard.py). It holds for one variant, config, direction and proof key, and so for
-every Key that differs in lengths and counts alone.
+every Key that differs in lengths and counts alone. Tensors that a recurrence updates in place are new copies in every run, and are
+judged like outputs afterwards; what the oracle leaves as it was keeps its bits.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +71,10 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A trial with its inputs, and what the oracle makes of them (float64; None or empty where absent)."""
+    """A trial with its inputs, and what the oracle makes of them (float64; None or empty where absent).
+
+    mutated: what the oracle leaves in the tensors that are updated in place, by name.
+    """
 
     trial: Trial
     oracle: str
@@ -83,6 +87,12 @@ class Case:
     wanted: tuple[bool, ...]
     scales: dict[str, float]
     dtypes: dict[str, torch.dtype]  # promised: of each output, or of each gradient
+    mutated: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def truth(self, backward: bool) -> dict[str, torch.Tensor | None]:
+        """Outputs with what is updated in place, or gradients."""
+        found = self.gradients if backward else self.outputs
+        return dict(zip(found._fields, found, strict=True)) | self.mutated
 
 
 class Prover:
@@ -109,7 +119,6 @@ class Prover:
         bounds: dict[str, float] = {}
         oracles: dict[str, None] = {}
         tokens = repeats = 0
-        dtype = getattr(torch, dict(proof_key.dtypes)["qkv"])
         failure: tuple[Status, str] | None = None
         for trial in self.workload.trials(proof_key, config):
             case = self.case(trial, backward)
@@ -118,11 +127,12 @@ class Prover:
             times = max(REPEATS, trial.repeats) if trial.repeats > 1 else 1
             found, failure = self._attempts(module, run, case, config, times)
             new = self.errors(found, case, backward)
-            if not all(x <= self.workload.tolerance(dtype, name) for name, x in new.items()) and self._damaged(trial, backward):
+            allowed = self.tolerances(case, new)
+            if not all(x <= allowed[name] for name, x in new.items()) and self._damaged(trial, backward):
                 case = self.case(trial, backward)
                 found, failure = self._attempts(module, run, case, config, times)
                 new = self.errors(found, case, backward)
-            bounds.update({name: self.workload.tolerance(dtype, name) for name in new})
+            bounds.update(self.tolerances(case, new))
             errors.update({name: max(x, errors.get(name, 0.0)) for name, x in new.items()})
             bad = [f"{name} {x:.2e} > {bounds[name]:.2e}" for name, x in new.items() if not x <= bounds[name]]
             if bad and failure is None:
@@ -151,9 +161,10 @@ class Prover:
             if guards.broken():
                 return found, ("wrong", f"{where}: {guards.broken()} guard bands were written to")
             touched = [
-                name for name, x, y in zip(tensors._fields, tensors, case.tensors, strict=True)
-                if x is not None and not torch.equal(_bits(x), _bits(y))
-            ]  # fmt: skip
+                f"{name} where it stays" if name in case.mutated else name
+                for name, x, y in zip(tensors._fields, tensors, case.tensors, strict=True)
+                if x is not None and not torch.equal(*map(_bits, self._kept(name, x, y, case)))
+            ]
             if touched:
                 return found, ("wrong", f"{where}: inputs {', '.join(touched)} were changed")
             if i == 0:
@@ -167,12 +178,23 @@ class Prover:
                 return found, ("racy", f"{where}: run {i + 1} gives other bits of {', '.join(moved)}")
         return first, None
 
+    def _kept(self, name: str, x: torch.Tensor, before: torch.Tensor, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of an input after a run and before it what must be the same: all, or what the oracle does not update."""
+        if name not in case.mutated:
+            return x, before
+        kept = case.mutated[name] == before.double()
+        return x[kept], before[kept]
+
+    def tolerances(self, case: Case, names: Iterable[str]) -> dict[str, float]:
+        """The largest error of each result: by the dtype of q, k, v, or by its own where it is updated in place."""
+        dtype = getattr(torch, str(case.trial.problem.dtype("qkv")))
+        return {name: self.workload.tolerance(case.dtypes[name] if name in case.mutated else dtype, name) for name in names}
+
     def errors(self, found: list[tuple[str, torch.Tensor | None]], case: Case, backward: bool) -> dict[str, float]:
         """Relative errors of one run; infinite for a result of the wrong shape or dtype, or a missing one."""
         named = dict(found)
-        truth = case.gradients if backward else case.outputs
         numbers: dict[str, torch.Tensor] = {}
-        for field, want in zip(truth._fields, truth, strict=True):
+        for field, want in case.truth(backward).items():
             if want is None or (want.dim() == 1 and want.numel() == 0):
                 continue
             name = f"d{field}" if backward else field
@@ -194,10 +216,12 @@ class Prover:
     def _damaged(self, trial: Trial, backward: bool) -> bool:
         """Whether an earlier candidate wrote to what is kept of a trial, far beyond its guard bands; then all is made anew."""
         kept, fresh = self._cases[trial, backward], self._make_case(trial, backward)
-        truth, new = (kept.gradients, fresh.gradients) if backward else (kept.outputs, fresh.outputs)
+        truth, new = (case.truth(backward).values() for case in (kept, fresh))
         given = [*zip(kept.tensors, fresh.tensors, strict=True), *zip(kept.grads or (), fresh.grads or (), strict=True)]
         same = all(torch.equal(_bits(x), _bits(y)) for x, y in given if x is not None)
-        if same and all(_error(x, y, None) <= _REPRODUCED for x, y in zip(truth, new, strict=True) if x is not None and x.numel()):
+        if same and all(
+            _error(x, y, None) <= _REPRODUCED for x, y in zip(truth, new, strict=True) if x is not None and y is not None and x.numel()
+        ):
             return False
         self._cases = {(trial, backward): fresh}
         return True
@@ -207,14 +231,16 @@ class Prover:
         tensors, options = self.workload.make_trial(trial, self.device, 1)
         name, config = self.workload.oracle(trial)
         oracle = module_of(r.variant(name))
-        wide = r.tensors(*map(_wide, tensors))
+        wide = fresh(r, r.tensors(*map(_wide, tensors)))
         with torch.no_grad():
             outputs = r.outputs(*oracle.forward(config, wide, options))
         wanted = tuple(getattr(tensors, field) is not None for field in r.differentiable)
         empty = r.empty_outputs(r.tensors(*[None if x is None else x.to("meta") for x in tensors]), options)
         dtypes = {field: x.dtype for field, x in zip(r.outputs._fields, empty, strict=True)}
         if not backward:
-            return Case(trial, name, tensors, options, outputs, None, None, None, wanted, {}, dtypes)
+            mutated = {field: x for field in r.mutates if (x := getattr(wide, field)) is not None}
+            dtypes |= {field: getattr(tensors, field).dtype for field in mutated}
+            return Case(trial, name, tensors, options, outputs, None, None, None, wanted, {}, dtypes, mutated)
         rounded = r.outputs(*[x.to(dtype) for x, dtype in zip(outputs, dtypes.values(), strict=True)])
         draw = torch.Generator(self.device).manual_seed(2)
         grads = r.output_grads(
@@ -237,8 +263,15 @@ def _placed(guards: Guards, x: torch.Tensor | None) -> torch.Tensor | None:
     return guards.place(x) if x is not None and x.is_floating_point() else x
 
 
+def fresh(r: Recurrence, tensors: Any) -> Any:
+    """The tensors of a call with copies of those that it updates in place."""
+    return tensors._replace(**{name: x.clone() for name in r.mutates if (x := getattr(tensors, name)) is not None})
+
+
 def forward_results(r: Recurrence, module: Any, config: Any, case: Case, tensors: Any) -> list[tuple[str, torch.Tensor | None]]:
-    return list(zip(r.outputs._fields, module.forward(config, tensors, case.options), strict=True))
+    """Outputs, and what is left in the tensors that are updated in place."""
+    outputs = module.forward(config, tensors, case.options)
+    return [*zip(r.outputs._fields, outputs, strict=True), *((name, getattr(tensors, name)) for name in r.mutates)]
 
 
 def backward_results(r: Recurrence, module: Any, config: Any, case: Case, tensors: Any) -> list[tuple[str, torch.Tensor | None]]:

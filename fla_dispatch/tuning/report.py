@@ -67,8 +67,13 @@ def _shared(rows: list[Row]) -> str:
     return " ".join(f"{name}={n}" for name, n in (rows[0]["sizes"] if rows else {}).items() if name not in varying)
 
 
+def _length(rows: list[Row]) -> str:
+    """The size that tokens are counted by: T, or the rows of a step."""
+    return "T" if "T" in rows[0]["sizes"] else "B"
+
+
 def _sizes(row: Row, rows: list[Row]) -> str:
-    return " ".join(f"{name}={row['sizes'][name]}" for name in _varying(rows) or ["T"])
+    return " ".join(f"{name}={row['sizes'][name]}" for name in _varying(rows) or [_length(rows)])
 
 
 def _error_tables(rows: list[Row], directions: list[str]) -> list[dict[str, Any]]:
@@ -129,7 +134,8 @@ def _legend(figure: Figure, grid: list[Axes]) -> None:
 def _roofline(rows: list[Row], directions: list[str], top: dict[str, float]) -> Figure:
     """TFLOP/s over operations per byte; TB/s are the diagonals, of which the ceiling's is drawn. Larger markers are more tokens."""
     figure, grid = _axes(directions, 4.2)
-    looks, lengths = _look(rows), sorted({row["sizes"]["T"] for row in rows})
+    looks, T = _look(rows), _length(rows)
+    lengths = sorted({row["sizes"][T] for row in rows})
     copy, product = top["copy_tb_per_s"], top["matmul_tflop_per_s"]
     ridge = product / copy
     for axes, direction in zip(grid, directions, strict=True):
@@ -145,7 +151,7 @@ def _roofline(rows: list[Row], directions: list[str], top: dict[str, float]) -> 
             mine = [row for row in here if row["variant"] == name]
             axes.scatter(
                 [row["flops"] / row["bytes"] for row in mine], [row["tflop_per_s"] for row in mine],
-                [18 + 70 * (lengths.index(row["sizes"]["T"]) + 1) / len(lengths) for row in mine],
+                [18 + 70 * (lengths.index(row["sizes"][T]) + 1) / len(lengths) for row in mine],
                 color=look["color"], marker=look["marker"], alpha=0.7, label=name,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s", title=direction)
@@ -156,20 +162,21 @@ def _roofline(rows: list[Row], directions: list[str], top: dict[str, float]) -> 
 def _times(rows: list[Row], directions: list[str]) -> Figure:
     """Median time over T, one line for each variant and each combination of the other sizes that vary."""
     figure, grid = _axes(directions, 4.2)
-    looks, others = _look(rows), [name for name in _varying(rows) if name != "T"]
+    looks, T = _look(rows), _length(rows)
+    others = [name for name in _varying(rows) if name != T]
     groups = list(dict.fromkeys(tuple(row["sizes"][name] for name in others) for row in rows))
     for axes, direction in zip(grid, directions, strict=True):
         for name, look in looks.items():
             for i, group in enumerate(groups):
                 mine = [row for row in rows if row["direction"] == direction and row["variant"] == name]
-                mine = sorted((r for r in mine if tuple(r["sizes"][n] for n in others) == group), key=lambda r: r["sizes"]["T"])
+                mine = sorted((r for r in mine if tuple(r["sizes"][n] for n in others) == group), key=lambda r: r["sizes"][T])
                 label = " ".join([name, *(f"{n}={x}" for n, x in zip(others, group, strict=True))])
                 if mine:
-                    points = [r["sizes"]["T"] for r in mine], [r["median_us"] for r in mine]
+                    points = [r["sizes"][T] for r in mine], [r["median_us"] for r in mine]
                     axes.plot(*points, linestyle=_LINES[i % len(_LINES)], markersize=4, linewidth=1.2, label=label, **look)
         axes.set_xscale("log", base=2)
-        axes.set(yscale="log", xlabel="T (tokens)", ylabel="median time (µs)", title=direction)
-        axes.set_xticks(sorted({row["sizes"]["T"] for row in rows}))
+        axes.set(yscale="log", xlabel=f"{T} ({'tokens' if T == 'T' else 'rows'})", ylabel="median time (µs)", title=direction)
+        axes.set_xticks(sorted({row["sizes"][T] for row in rows}))
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.minorticks_off()
     _legend(figure, grid)

@@ -8,12 +8,14 @@ A file is TOML; op, dtype, heads, head_dim and batch may be lists, and each tabl
     heads = 16
     head_dim = 128              # also value_heads, value_dim, state_dim, and sizes = {G = 2} for any size of the op
     use = "train"               # or "serve"
+    state_dtype = "float32"     # of the pools of steps, also bfloat16
     batch = [1, 8]              # sequences of a call
     length = "64:4096"          # tokens of each: a number, a list, or a range, which stands for all its buckets
     packed = "both"             # dense (default), packed or both
 
 Training is a call with gradients and without states. Serving is prefill, which returns states and may be given them (a prompt in
-pieces), for each length, and decode of one token for each batch.
+pieces), for each length, and decode of one token for each batch: as a call, and where the op has a step also as one, with a slot
+for each row and with slots (int32).
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ DEFAULTS: dict[str, tuple[tuple[int, ...], str]] = {"train": ((8,), "4096"), "se
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of an op: its sizes, and what it is given and asked for."""
+    """One call of an op: its sizes, and what it is given and asked for; options as for the op's example."""
 
     op: str
     sizes: tuple[tuple[str, int], ...]
@@ -49,6 +51,7 @@ class Call:
     grad: bool = False
     initial_state: bool = False
     final_state: bool = False
+    options: tuple[tuple[str, str], ...] = ()
 
     @property
     def recurrence(self) -> str:
@@ -61,12 +64,12 @@ class Call:
         """The Key that this call has on a device."""
         return key_of(
             self.op, dict(self.sizes), device, dtype=self.dtype, packed=self.packed, grad=self.grad, initial_state=self.initial_state,
-            final_state=self.final_state,
+            final_state=self.final_state, options=dict(self.options),
         )  # fmt: skip
 
     def shorter(self) -> Call | None:
         """The same call one token shorter where that has the same Key: whatever a length may change shows there."""
-        T = self.size("T")
+        T = dict(self.sizes).get("T", 1)
         if T < 3 or length_bucket(T) != length_bucket(T - 1):
             return None
         return dataclasses.replace(self, sizes=tuple((n, v - (n == "T")) for n, v in self.sizes))
@@ -75,7 +78,8 @@ class Call:
         """`retention bfloat16 B=8 T=4096 H=16 K=128 V=128 grad`."""
         sizes = " ".join(f"{name}={value}" for name, value in self.sizes)
         switches = "".join(f" {s}" for s in ("packed", "grad", "initial_state", "final_state") if getattr(self, s))
-        return f"{self.op} {self.dtype} {sizes}{switches}"
+        options = "".join(f" {name}={value}" for name, value in self.options)
+        return f"{self.op} {self.dtype} {sizes}{switches}{options}"
 
 
 def parse_numbers(text: str | int | Iterable[int], where: str) -> tuple[int, ...]:
@@ -129,12 +133,16 @@ def model_calls(
     head_dim: int | None = None,
     value_dim: int | None = None,
     state_dim: int | None = None,
+    state_dtype: str = "float32",
     sizes: Mapping[str, int] | None = None,
     batch: Iterable[int] | None = None,
     lengths: Iterable[int] | None = None,
     layout: str = "dense",
 ) -> list[Call]:
-    """The calls of training (`train`) or serving (`serve`) one op of a model. Raises UnknownNameError for a wrong name."""
+    """The calls of training (`train`) or serving (`serve`) one op of a model; of a step, its calls alone.
+
+    Raises UnknownNameError for a wrong name.
+    """
     if use not in USES or layout not in LAYOUTS:
         raise UnknownNameError(f"expected a use out of {', '.join(USES)} and a layout out of {', '.join(LAYOUTS)}, got {use!r}, {layout!r}")
     given = {"heads": heads, "value_heads": value_heads, "head_dim": head_dim, "value_dim": value_dim, "state_dim": state_dim}
@@ -147,7 +155,10 @@ def model_calls(
     def add(B: int, T: int, packed: bool, grad: bool, initial: bool, final: bool) -> None:
         found[Call(op, tuple({**whole, "B": B, "T": T}.items()), dtype, packed, grad, initial, final)] = None
 
-    for B, T in itertools.product(batches, tokens):
+    step = op if "T" not in whole else f"{op}_step"
+    if use == "train" and step == op:
+        raise UnknownNameError(f"{op} has no gradients: expected the use serve, got train")
+    for B, T in itertools.product(batches, tokens) if step != op else ():
         for packed in {"dense": (False,), "packed": (True,), "both": (False, True)}[layout]:
             if use == "train":
                 add(B, T, packed, True, False, False)
@@ -156,12 +167,31 @@ def model_calls(
                 add(B, T, packed, False, True, True)
     if use == "serve":
         for B in batches:
-            add(B, 1, False, False, True, True)
+            if step != op:
+                add(B, 1, False, False, True, True)
+            if step in registry.op_names():
+                own = {name: B if name == "B" else whole[name] for name in registry.get_op(step).sizes}
+                for pool in ("none", "slots"):
+                    found[Call(step, tuple(own.items()), dtype, options=(("pool", pool), ("state_dtype", state_dtype)))] = None
     return list(found)
 
 
-_WORDS = ("op", "dtype", "heads", "value_heads", "head_dim", "value_dim", "state_dim", "sizes", "use", "batch", "length", "packed")
-_LISTS = ("op", "dtype", "heads", "value_heads", "head_dim", "value_dim", "state_dim", "use")
+_WORDS = (
+    "op",
+    "dtype",
+    "heads",
+    "value_heads",
+    "head_dim",
+    "value_dim",
+    "state_dim",
+    "state_dtype",
+    "sizes",
+    "use",
+    "batch",
+    "length",
+    "packed",
+)
+_LISTS = ("op", "dtype", "heads", "value_heads", "head_dim", "value_dim", "state_dim", "state_dtype", "use")
 
 
 def read_workload(path: Path) -> list[Call]:

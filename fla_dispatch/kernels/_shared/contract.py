@@ -195,6 +195,12 @@ def check_scale(where: str, scale: float) -> float:
     return float(scale)
 
 
+def check_flag(where: str, what: str, value: bool) -> None:
+    """A switch: what merely counts as true would be a guess."""
+    if value is not True and value is not False:
+        bad_call(where, what, expected="True or False", got=shown(value), fix="pass a Python bool")
+
+
 def check_packing(where: str, cu_seqlens: torch.Tensor | SeqInfo, B: int, device: torch.device, like: str) -> Packing:
     """cu_seqlens of a packed call as (device tensor [N + 1], host tensor or None, segment table or None).
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from ...errors import bad_call
 from ...sequences import SeqInfo
+from .._shared.inputs import Draw, make_gates
 
 OP_NAMES = ("linear_attn", "retention", "lightning_attn", "simple_gla", "mamba2")
 GATED = ("simple_gla", "mamba2")
@@ -92,34 +93,6 @@ class Inputs(NamedTuple):
         if isinstance(self.kwargs.get("initial_state"), tuple):
             kwargs["initial_state"] = (leaves["initial_state.S"], leaves["initial_state.z"])
         return Inputs(tuple(leaves[n] for n in names), kwargs)
-
-
-class Draw:
-    """Random tensors of one device and seed; on the meta device only shapes."""
-
-    def __init__(self, device: torch.device, seed: int):
-        self.device = device
-        self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
-
-    def normal(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device)
-
-    def uniform(self, low: float, high: float, *shape: int) -> torch.Tensor:
-        return low + (high - low) * torch.rand(shape, generator=self.generator, device=self.device)
-
-
-def make_gates(draw: Draw, regime: str, *shape: int) -> torch.Tensor:
-    """Log decays [B, T, HV], float32."""
-    if regime == "none":
-        return draw.normal(*shape) * 0
-    if regime == "strong":
-        return draw.uniform(-20.0, 0.0, *shape)
-    g = F.logsigmoid(draw.normal(*shape) + 2)
-    if regime == "reset":
-        return torch.where(draw.uniform(0, 1, *shape) < 1 / 16, -math.inf, g)
-    if regime != "mild":
-        raise AssertionError(f"no regime named {regime}")
-    return g
 
 
 def _qkv(draw: Draw, s: Sizes, dtype: torch.dtype, fused: bool, positive: bool) -> tuple[torch.Tensor, ...]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ...errors import bad_call
 from ...registry import Lowering, Op
 from ...sequences import SeqInfo
-from .._shared.contract import Names, check_companion, check_packing, check_qkv, check_scale, check_state, shown
+from .._shared.contract import Names, check_companion, check_flag, check_packing, check_qkv, check_scale, check_state, shown
 from .cases import example
 from .recurrence import Options, Tensors
 
@@ -59,6 +59,7 @@ def _lower(
     if initial_state is not None:
         check_state(where, "initial_state", initial_state, (N, HV, K, V), _STATE, dtype, device, "q")
     scale = K**-0.5 if scale is None else check_scale(where, scale)
+    check_flag(where, "output_final_state", output_final_state)
     tensors = _new(Tensors, (q, k, v, g, None, None, initial_state, None, cu, host, segments))
     return _new(Lowering, ("scalar_decay", tensors, _new(Options, (scale, decay, rate, False, output_final_state)), None, None))
 
@@ -89,6 +90,7 @@ def linear_attn(
 
     Paper: Katharopoulos et al. 2020, arXiv 2006.16236.
     """
+    check_flag("linear_attn", "normalize", normalize)
     if not normalize:
         if isinstance(initial_state, tuple):
             fix = "pass state.S, or set normalize=True"
@@ -242,6 +244,8 @@ def mamba2(
     if z is not None:
         z = check_companion("mamba2", "z", z, (rows, T, H, P), "[B, T, H, P]", dtype, device, "x")
     low, high = _check_limit(dt_limit)
+    check_flag("mamba2", "dt_softplus", dt_softplus)
+    check_flag("mamba2", "output_final_state", output_final_state)
     cu = host = segments = None
     batch = rows
     if cu_seqlens is not None:

@@ -131,7 +131,7 @@ def check(t: Tensors, o: Options) -> None:
     """Checks of values, from host tensors only; nothing synchronises."""
     assert t.skip is None or not o.normalize, "equation (2)"
     if t.host is not None:
-        check_lengths("cu_seqlens", t.host, t.q.shape[1])
+        check_lengths("scalar_decay", t.host, t.q.shape[1])
 
 
 def facts(t: Tensors, o: Options) -> tuple[object, ...]:

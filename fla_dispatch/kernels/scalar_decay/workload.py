@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from ...problem import Problem, count_bucket, length_bucket
 from ...registry import Trial, Workload
 from ...sequences import SeqInfo
-from .cases import Draw, gate_gradient_scale, make_gates, tolerance
+from .._shared.inputs import Draw, make_gates
+from .cases import gate_gradient_scale, tolerance
 from .configs import TorchConfig
 from .recurrence import Gradients, Options, Tensors
 

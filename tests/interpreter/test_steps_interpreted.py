@@ -1,0 +1,62 @@
+"""Steps of Triton variants, interpreted on the CPU: the generated matrix, drawn calls, prefill and steps, and proofs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import steps
+import torch
+from drawn_steps import drawn
+from hypothesis import HealthCheck, given, settings
+from steps import RECURRENCE, Case
+
+from fla_dispatch import registry
+from fla_dispatch.device import profile
+from fla_dispatch.kernels.scalar_step.configs import StepConfig
+from fla_dispatch.tuning.keys import key_of
+from fla_dispatch.tuning.proof import prove
+
+VARIANTS = steps.variants("triton")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("variant", "case"), steps.pairs("interpreter", VARIANTS))
+def test_values(variant: str, case: Case) -> None:
+    steps.check_values(variant, case, "cpu")
+
+
+@pytest.mark.parametrize(("variant", "case"), steps.pairs("interpreter", VARIANTS, lambda c: c.name.startswith(("padded", "bf16_both"))))
+def test_padding_and_repeats(variant: str, case: Case) -> None:
+    steps.check_guarded(variant, case, "cpu")
+    steps.check_repeat(variant, case, "cpu")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("op", "options"), steps.WAYS, ids=str)
+def test_prefill_and_steps_equal_one_call(variant: str, op: str, options: tuple[tuple[str, Any], ...]) -> None:
+    steps.check_prefill_and_steps(variant, op, options, "cpu", mode="chunk_torch")
+
+
+@given(drawn())
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_drawn_steps(case: Case) -> None:
+    for variant in VARIANTS:
+        steps.check_values(variant, case, "cpu")
+
+
+@pytest.mark.parametrize("op, options", [("simple_gla_step", {}), ("linear_attn_step", {"normalize": True})])
+def test_every_config_is_proven(op: str, options: dict[str, Any]) -> None:
+    variant = RECURRENCE.variant("step_triton")
+    key = key_of(op, {"B": 4, "H": 1, "HV": 2, "K": 40, "V": 72}, profile(CPU), dtype="float32", options={"pool": "slots", **options})
+    configs = variant.configs(key)
+    assert StepConfig(64, 4) == configs[0] and len(configs) >= 4
+    for config in configs:
+        found = prove(RECURRENCE, variant, config, key, CPU)
+        assert found.status == "ok", (config, found.detail)
+
+
+def test_something_is_interpreted() -> None:
+    assert VARIANTS and registry.get_op("retention_step").recurrence == RECURRENCE.name
+    for case in steps.select("interpreter"):
+        assert not steps.refusals(VARIANTS[0], case.op, case.make())
