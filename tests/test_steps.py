@@ -120,6 +120,9 @@ def test_wrong_options() -> None:
         "linear_attn_step", (*args[:-1], (args[-1], torch.ones(5, 4, 16))), {"normalize": True, "slots": torch.arange(4)}, "rows of state.z"
     )
     wrong("retention_step", make("retention_step").args, {"scale": torch.ones(())}, "scale")
+    wrong("retention_step", make("retention_step").args, {"qk_l2norm": "no"}, "qk_l2norm", "True or False")
+    wrong("linear_attn_step", args, {"normalize": 1}, "normalize", "True or False")
+    wrong("mamba2_step", make("mamba2_step").args, {"dt_softplus": None}, "dt_softplus", "True or False")
     wrong("lightning_attn_step", make("lightning_attn_step").args, {"layer_idx": 3, "num_layers": 3}, "layer_idx")
     args, _ = make("simple_gla_step")
     wrong("simple_gla_step", (*args[:3], None, args[-1]), {}, "linear_attn_step")

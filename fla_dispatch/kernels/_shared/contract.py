@@ -201,6 +201,15 @@ def check_flag(where: str, what: str, value: bool) -> None:
         bad_call(where, what, expected="True or False", got=shown(value), fix="pass a Python bool")
 
 
+def check_limits(where: str, what: str, limits: tuple[float, float]) -> tuple[float, float]:
+    """A range that is clamped to."""
+    numbers = isinstance(limits, (tuple, list)) and len(limits) == 2 and all(isinstance(x, (int, float)) for x in limits)
+    if not numbers or not limits[0] <= limits[1]:
+        fix = f"pass for example {what}=(0.0, math.inf)"
+        bad_call(where, what, expected="two numbers (low, high), low <= high", got=repr(limits), fix=fix)
+    return limits[0], limits[1]
+
+
 def check_packing(where: str, cu_seqlens: torch.Tensor | SeqInfo, B: int, device: torch.device, like: str) -> Packing:
     """cu_seqlens of a packed call as (device tensor [N + 1], host tensor or None, segment table or None).
 

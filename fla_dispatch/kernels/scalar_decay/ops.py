@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ...errors import bad_call
 from ...registry import Lowering, Op
 from ...sequences import SeqInfo
-from .._shared.contract import Names, check_companion, check_flag, check_packing, check_qkv, check_scale, check_state, shown
+from .._shared.contract import Names, check_companion, check_flag, check_limits, check_packing, check_qkv, check_scale, check_state, shown
 from .cases import example
 from .recurrence import Options, Tensors
 
@@ -195,14 +195,6 @@ def simple_gla(
 SSD = Names(q="C", k="B", v="x", H="G", HV="H", K="N", V="P")
 
 
-def _check_limit(dt_limit: tuple[float, float]) -> tuple[float, float]:
-    numbers = isinstance(dt_limit, (tuple, list)) and len(dt_limit) == 2 and all(isinstance(x, (int, float)) for x in dt_limit)
-    if not numbers or not dt_limit[0] <= dt_limit[1]:
-        fix = "pass for example dt_limit=(0.0, math.inf)"
-        bad_call("mamba2", "dt_limit", expected="two numbers (low, high), low <= high", got=repr(dt_limit), fix=fix)
-    return dt_limit[0], dt_limit[1]
-
-
 def mamba2(
     x: torch.Tensor,  # [B, T, H, P]
     dt: torch.Tensor,  # [B, T, H]
@@ -243,7 +235,7 @@ def mamba2(
         skip = check_companion("mamba2", "D", D, (H,), "[H] (or [H, P])", dtype, device, "x")
     if z is not None:
         z = check_companion("mamba2", "z", z, (rows, T, H, P), "[B, T, H, P]", dtype, device, "x")
-    low, high = _check_limit(dt_limit)
+    low, high = check_limits("mamba2", "dt_limit", dt_limit)
     check_flag("mamba2", "dt_softplus", dt_softplus)
     check_flag("mamba2", "output_final_state", output_final_state)
     cu = host = segments = None

@@ -24,7 +24,7 @@ import torch
 
 from ...errors import bad_call
 from ...registry import Lowering, Op
-from .._shared.contract import Names, check_companion, check_scale, shown
+from .._shared.contract import Names, check_companion, check_flag, check_limits, check_scale, shown
 from .._shared.steps import check_no_grad, check_pool, check_slots, check_token
 from .cases import example
 from .recurrence import Options, Tensors
@@ -72,7 +72,8 @@ def _lower(
     check_no_grad(where, (("q", q), ("k", k), ("v", v), ("g", g), ("state", state), ("state.z", z)))
     scale = K**-0.5 if scale is None else check_scale(where, scale)
     tensors = _new(Tensors, (q, k, v, state, z, slots, g, None, None, None, None))
-    options = _new(Options, (scale, decay, rate, normalize, bool(qk_l2norm), False, 0.0, math.inf))
+    check_flag(where, "qk_l2norm", qk_l2norm)
+    options = _new(Options, (scale, decay, rate, normalize, qk_l2norm, False, 0.0, math.inf))
     return _new(Lowering, ("scalar_step", tensors, options, None, _output))
 
 
@@ -97,6 +98,7 @@ def linear_attn_step(
 
     Paper: Katharopoulos et al. 2020, arXiv 2006.16236.
     """
+    check_flag("linear_attn_step", "normalize", normalize)
     if not normalize:
         if isinstance(state, tuple):
             fix = "pass state.S, or set normalize=True"
@@ -223,10 +225,8 @@ def mamba2_step(
         D = check_companion(where, "D", D, (H, P) if channel else (H,), "[H, P]" if channel else "[H] (or [H, P])", dtype, device, "x")
     if z is not None:
         z = check_companion(where, "z", z, (rows, H, P), "[B, H, P]", dtype, device, "x")
-    numbers = isinstance(dt_limit, (tuple, list)) and len(dt_limit) == 2 and all(isinstance(n, (int, float)) for n in dt_limit)
-    if not numbers or not dt_limit[0] <= dt_limit[1]:
-        fix = "pass for example dt_limit=(0.0, math.inf)"
-        bad_call(where, "dt_limit", expected="two numbers (low, high), low <= high", got=repr(dt_limit), fix=fix)
+    low, high = check_limits(where, "dt_limit", dt_limit)
+    check_flag(where, "dt_softplus", dt_softplus)
     if slots is not None:
         check_slots(where, slots, rows, device, "x")
     pools = _WIDE if dtype is torch.float64 else _NARROW
@@ -237,7 +237,7 @@ def mamba2_step(
     return Lowering(
         "scalar_step",
         Tensors(C, B, x, state, None, slots, dt, A, dt_bias, D, z),
-        Options(1.0, "ssd", 0.0, False, False, bool(dt_softplus), float(dt_limit[0]), float(dt_limit[1])),
+        Options(1.0, "ssd", 0.0, False, False, dt_softplus, float(low), float(high)),
         None,
         _output,
     )
