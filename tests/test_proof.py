@@ -29,7 +29,6 @@ KINDS = {
     "head": (("head", "false"), ()),
     "token": (("token", "false"), ("g",)),
     "mamba": (("token", "false"), ("g", "beta")),
-    "mamba_skip": (("token", "false"), ("g", "beta", "skip")),
 }
 
 
