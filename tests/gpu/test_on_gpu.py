@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import matrix
 import pytest
 import torch
+from waiting import no_waiting
 
 import fla_dispatch as fd
 from fla_dispatch.kernels.scalar_decay.cases import Case, Inputs, Sizes, make_inputs, select, tolerance
@@ -75,17 +73,6 @@ def test_some_triton_variant_takes_every_case() -> None:
 def _named(name: str, op: str = "simple_gla") -> Case:
     (case,) = (c for c in select("gpu", op) if c.name == name)
     return case
-
-
-@contextlib.contextmanager
-def no_waiting() -> Iterator[None]:
-    """Any synchronisation of the device raises."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("variant", [*TRITON, "chunk_torch", "auto"])

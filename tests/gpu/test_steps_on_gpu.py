@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import matrix
@@ -11,6 +9,7 @@ import pytest
 import steps
 import torch
 from steps import OP_NAMES, RECURRENCE, Case, Inputs, Sizes
+from waiting import no_waiting
 
 import fla_dispatch as fd
 from fla_dispatch.kernels.scalar_step.cases import make_inputs
@@ -56,17 +55,6 @@ def test_every_config_is_proven(op: str, options: tuple[tuple[str, Any], ...], K
     for config in dict.fromkeys((*variant.configs(key), StepConfig(16, 4), StepConfig(16, 8))):
         found = prove(RECURRENCE, variant, config, key, device)
         assert found.status == "ok", (config, found.detail)
-
-
-@contextlib.contextmanager
-def no_waiting() -> Iterator[None]:
-    """Any synchronisation of the device raises."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def padded(op: str, *, seed: int = 0, options: tuple[tuple[str, Any], ...] = ()) -> Inputs:

@@ -49,6 +49,16 @@ def _not_tensor(where: str, name: str, x: object) -> NoReturn:
     bad_call(where, name, expected="a torch.Tensor", got=shown(x), fix=f"pass {name} as a tensor")
 
 
+def _bad_heads(where: str, n: Names, H: int, K: int, HV: int, V: int) -> NoReturn:
+    if H < 1 or HV < 1 or K < 1 or V < 1:
+        got = f"{n.H} = {H}, {n.K} = {K}, {n.HV} = {HV}, {n.V} = {V}"
+        bad_call(where, "head sizes", expected="heads and head dims >= 1", got=got, fix="pass tensors with at least one head and channel")
+    bad_call(
+        where, "heads", expected=f"{n.HV} (heads of {n.v}) to be a multiple of {n.H} (heads of {n.q} and {n.k})",
+        got=f"{n.HV} = {HV}, {n.H} = {H}", fix=f"repeat or drop heads so that {n.HV} % {n.H} == 0",
+    )  # fmt: skip
+
+
 def _bad_shapes(where: str, n: Names, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> NoReturn:
     q_dims, v_dims = f"[B, T, {n.H}, {n.K}]", f"[B, T, {n.HV}, {n.V}]"
     for name, x, dims in ((n.q, q, q_dims), (n.k, k, q_dims), (n.v, v, v_dims)):
@@ -61,14 +71,7 @@ def _bad_shapes(where: str, n: Names, q: torch.Tensor, k: torch.Tensor, v: torch
     if v.shape[:2] != q.shape[:2]:
         expected = f"[B, T] = {list(q.shape[:2])} as in {n.q}"
         bad_call(where, f"shape of {n.v}", expected=expected, got=str(list(v.shape)), fix=f"give {n.v} the batch and length of {n.q}")
-    H, K, HV, V = *q.shape[2:], *v.shape[2:]
-    if H < 1 or HV < 1 or K < 1 or V < 1:
-        got = f"{n.H} = {H}, {n.K} = {K}, {n.HV} = {HV}, {n.V} = {V}"
-        bad_call(where, "head sizes", expected="heads and head dims >= 1", got=got, fix="pass tensors with at least one head and channel")
-    bad_call(
-        where, "heads", expected=f"{n.HV} (heads of {n.v}) to be a multiple of {n.H} (heads of {n.q} and {n.k})",
-        got=f"{n.HV} = {HV}, {n.H} = {H}", fix=f"repeat or drop heads so that {n.HV} % {n.H} == 0",
-    )  # fmt: skip
+    _bad_heads(where, n, *q.shape[2:], *v.shape[2:])
 
 
 def _bad_dtypes(where: str, n: Names, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> NoReturn:

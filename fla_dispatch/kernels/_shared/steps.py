@@ -10,7 +10,19 @@ from typing import NoReturn
 import torch
 
 from ...errors import bad_call
-from .contract import FLOATS, QKV, Names, _bad_device, _bad_dtypes, _bad_shape, _not_tensor, _under_autocast, autocast_dtype, shown
+from .contract import (
+    FLOATS,
+    QKV,
+    Names,
+    _bad_device,
+    _bad_dtypes,
+    _bad_heads,
+    _bad_shape,
+    _not_tensor,
+    _under_autocast,
+    autocast_dtype,
+    shown,
+)
 
 _INDICES = (torch.int32, torch.int64)
 
@@ -27,14 +39,7 @@ def _bad_shapes(where: str, n: Names, q: torch.Tensor, k: torch.Tensor, v: torch
     if v.shape[0] != q.shape[0]:
         expected = f"B = {q.shape[0]} rows as in {n.q}"
         bad_call(where, f"shape of {n.v}", expected=expected, got=str(list(v.shape)), fix=f"give {n.v} the rows of {n.q}")
-    H, K, HV, V = *q.shape[1:], *v.shape[1:]
-    if H < 1 or HV < 1 or K < 1 or V < 1:
-        got = f"{n.H} = {H}, {n.K} = {K}, {n.HV} = {HV}, {n.V} = {V}"
-        bad_call(where, "head sizes", expected="heads and head dims >= 1", got=got, fix="pass tensors with at least one head and channel")
-    bad_call(
-        where, "heads", expected=f"{n.HV} (heads of {n.v}) to be a multiple of {n.H} (heads of {n.q} and {n.k})",
-        got=f"{n.HV} = {HV}, {n.H} = {H}", fix=f"repeat or drop heads so that {n.HV} % {n.H} == 0",
-    )  # fmt: skip
+    _bad_heads(where, n, *q.shape[1:], *v.shape[1:])
 
 
 def check_token(

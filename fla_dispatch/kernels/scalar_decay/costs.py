@@ -17,6 +17,7 @@ from ...device import DeviceProfile, hypothetical
 from ...problem import Problem
 from ...registry import Direction
 from .._shared.cost import torch_seconds
+from .._shared.launch import tile
 
 FILE = Path(__file__).with_name("costs.json")
 
@@ -37,9 +38,8 @@ def item_bytes(p: Problem) -> int:
     return {"float64": 8, "float32": 4}.get(p.dtype("qkv") or "", 2)
 
 
-def padded(n: int) -> int:
-    """A head dim as the kernels pad it."""
-    return max(16, 1 << (n - 1).bit_length())
+#: A head dim as the kernels pad it.
+padded = tile
 
 
 def tokens(p: Problem) -> float:

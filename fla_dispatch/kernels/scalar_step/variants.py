@@ -8,6 +8,7 @@ from ...problem import Problem
 from ...registry import Direction, Recurrence, Variant
 from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package
 from .._shared.cost import TORCH_CPU, TORCH_GPU, torch_seconds
+from .._shared.launch import tile
 from . import recurrence
 from .configs import StepConfig
 from .workload import WORKLOAD
@@ -22,10 +23,6 @@ LAUNCH, TRIP = 4e-6, 2e-6
 IN_FLIGHT = 32_768
 
 
-def _padded(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
-
-
 def _state_bytes(p: Problem) -> int:
     """Bytes of the states of all rows, read and written."""
     return 2 * p.BH * p.K * p.V * (2 if p.dtype("state") == "bfloat16" else 4)
@@ -34,7 +31,7 @@ def _state_bytes(p: Problem) -> int:
 def _configs(p: Problem) -> tuple[StepConfig, ...]:
     """Tiles whose float32 state is at most 64 registers a thread, or 128 where it is 16 columns wide; widest first: rows of 256 bytes
     reach 4 TB/s at D = 128 with many rows, narrow tiles make blocks where rows are few."""
-    K, V = _padded(p.K), _padded(p.V)
+    K, V = tile(p.K), tile(p.V)
     tiles = ((64, 4), (64, 8), (128, 8), (32, 4), (32, 2), (16, 2), (16, 4), (16, 1))
     most = {16: 128}  # registers a thread
     found = [StepConfig(BV, warps) for BV, warps in tiles if BV <= V and K * BV // (32 * warps) <= most.get(BV, 64)]
@@ -47,7 +44,7 @@ def step_cost(p: Problem, config: StepConfig, direction: Direction) -> float:
     tiles = -(-p.V // config.BV)
     blocks = p.BH * (1 if p.flag("normalize") == "true" else tiles)
     size = 2 if p.dtype("state") == "bfloat16" else 4
-    busy = min(1.0, max(1, blocks) * _padded(p.K) * config.BV * size / (p.device.units * IN_FLIGHT))
+    busy = min(1.0, max(1, blocks) * tile(p.K) * config.BV * size / (p.device.units * IN_FLIGHT))
     busy *= min(1.0, 2 * max(1, blocks) / p.device.units)
     rows = min(1.0, (config.BV * size / 256) ** 0.15)
     trips = TRIP * (tiles if p.flag("normalize") == "true" else 1)
