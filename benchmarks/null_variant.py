@@ -11,4 +11,4 @@ def forward(config: None, t: Tensors, o: Options) -> Outputs:
 
 def backward(config: None, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
     t = residuals.tensors
-    return Gradients(t.q.new_empty(t.q.shape), t.k.new_empty(t.k.shape), t.v.new_empty(t.v.shape), None, None, None, None)
+    return Gradients(t.q.new_empty(t.q.shape), t.k.new_empty(t.k.shape), t.v.new_empty(t.v.shape), None, None, None, None, None)

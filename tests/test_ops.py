@@ -253,6 +253,17 @@ def test_scale_is_taken() -> None:
     assert isinstance(ops.retention(*make("retention").args, scale=2).options.scale, float)
 
 
+def test_a_skip_per_head_is_part_of_the_recurrence() -> None:
+    inputs, gated = make("mamba2"), make("mamba2", options=(("gated", True),))
+    low = ops.mamba2(*inputs.args, **inputs.kwargs)
+    assert low.tensors.skip is inputs.kwargs["D"] and low.finish is None
+    low = ops.mamba2(*gated.args, **gated.kwargs)
+    assert low.tensors.skip is gated.kwargs["D"] and low.finish is not None
+    for D, finishes in ((None, False), (torch.ones(4, 16), True)):
+        low = ops.mamba2(*inputs.args, **{**inputs.kwargs, "D": D})
+        assert low.tensors.skip is None and (low.finish is not None) == finishes
+
+
 def test_gates_may_have_qs_dtype() -> None:
     inputs = change(make("simple_gla", dtype=torch.bfloat16), g=lambda x: x.bfloat16())
     assert ops.simple_gla(*inputs.args).tensors.g.dtype == torch.bfloat16

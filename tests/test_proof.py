@@ -29,6 +29,7 @@ KINDS = {
     "head": (("head", "false"), ()),
     "token": (("token", "false"), ("g",)),
     "mamba": (("token", "false"), ("g", "beta")),
+    "mamba_skip": (("token", "false"), ("g", "beta", "skip")),
 }
 
 

@@ -170,6 +170,20 @@ def test_mamba2_is_the_published_scan(edit: dict[str, Any], lengths: tuple[int, 
     close(state, want_state)
 
 
+def test_a_skip_per_head_is_one_per_channel() -> None:
+    """D [H] goes through the recurrence and D [H, P] beside it: the same values and gradients."""
+    sizes = Sizes(2, 10, 2, 4, 3, 5)
+    for gated in (False, True):
+        inputs = make_inputs("mamba2", sizes, F64, initial_state=True, final_state=True, options=(("gated", gated),))
+        leaves = {name: x.requires_grad_() for name, x in inputs.leaves().items()}
+        found = []
+        for D in (leaves["D"], leaves["D"][:, None].expand(4, 5)):
+            y, state = call("mamba2", inputs.replaced({**leaves, "D": D}))
+            found.append((y, state, *torch.autograd.grad((y * y).sum() + state.sum(), list(leaves.values()))))
+        for one, other in zip(*found, strict=True):
+            close(one, other)
+
+
 def random_tensors(lengths: tuple[int, ...] | None, *, decay: str, beta: bool, states: bool, normalize: bool, regime: str) -> Tensors:
     sizes = Sizes(1 if lengths else 2, 10, 2, 4, 3, 5)
     options = (("normalize", True),) if normalize else ()
@@ -179,6 +193,7 @@ def random_tensors(lengths: tuple[int, ...] | None, *, decay: str, beta: bool, s
     N = len(lengths) if lengths else 2
     return Tensors(
         q, k, v, g if decay == "token" else None, 0.1 + torch.rand(*v.shape[:3], dtype=F64) if beta else None,
+        torch.linspace(-1, 2, 4, dtype=F64) if beta else None,
         torch.randn(N, 4, 3, 5, dtype=F64) if states else None, 0.5 + torch.rand(N, 4, 3, dtype=F64) if states and normalize else None,
         info.cu_seqlens if info else None, info.host if info else None, info.segments if info else None,
     )  # fmt: skip

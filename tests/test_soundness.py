@@ -56,6 +56,8 @@ def problems(draw: st.DrawFn) -> Problem:
     decay = draw(st.sampled_from(["none", "head", "token"]))
     if decay == "token":
         dtypes.append(("g", draw(st.sampled_from(["float32", "bfloat16"]))))
+        if draw(st.booleans()):
+            dtypes += [("beta", "float32"), ("skip", draw(st.sampled_from(["float32", "bfloat16", "float64"])))]
     flags = ("initial_state", "final_state", "grad", "capture", "deterministic", "interpret", "forced")
     return Problem(
         recurrence="scalar_decay",
@@ -182,6 +184,8 @@ def lowered(name: str, **changes: Any) -> tuple[Any, Any]:
     args, kwargs = op.example(values, sizes["dtype"], sizes.get("where", "meta"), **options)
     if "gate" in sizes:
         args = (*args[:3], args[3].to(sizes["gate"]))
+    if "skip" in sizes:
+        kwargs["D"] = kwargs["D"].to(sizes["skip"])
     kwargs |= sizes.get("kwargs", {})
     _, tensors, chosen, prepare, _ = fd.op(name).contract(*args, **kwargs)
     return (tensors if prepare is None else prepare(tensors)), chosen
@@ -204,6 +208,8 @@ FLIPS: list[tuple[str, dict[str, Any]]] = [
     ("simple_gla", {"lengths": [20, 20]}),
     ("simple_gla", {"dtype": torch.bfloat16, "gate": torch.bfloat16}),
     ("linear_attn", {"kwargs": {"normalize": True}}),
+    ("mamba2", {"kwargs": {"D": None}}),
+    ("mamba2", {"dtype": torch.bfloat16, "skip": torch.bfloat16}),
 ]
 
 
@@ -215,7 +221,7 @@ def key_and_facts(name: str, **changes: Any) -> tuple[Problem, tuple[Any, ...]]:
 
 @pytest.mark.parametrize(("name", "flip"), FLIPS, ids=str)
 def test_every_argument_that_matters_changes_key_and_facts(name: str, flip: dict[str, Any]) -> None:
-    base = {key: value for key, value in flip.items() if key == "dtype"} if "gate" in flip else {}
+    base = {key: value for key, value in flip.items() if key == "dtype"} if {"gate", "skip"} & flip.keys() else {}
     before, after = key_and_facts(name, **base), key_and_facts(name, **flip)
     assert before[0] != after[0]
     assert before[1] != after[1]
@@ -258,6 +264,8 @@ def calls(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
         changes["lengths"] = draw(st.lists(st.sampled_from([0, 1, 16, 17, 30, 33]), min_size=1, max_size=4))
     if name == "linear_attn" and not changes["initial_state"]:
         changes["kwargs"] = {"normalize": draw(st.booleans())}
+    if name == "mamba2" and draw(st.booleans()):
+        changes["kwargs"] = {"D": None}
     return name, changes
 
 

@@ -43,7 +43,7 @@ def table(order: tuple[str, ...] = tuple(SHIFTS)) -> Recurrence:
 def problem(T: int = 256, *, grad: bool = False, B: int = 2) -> Problem:
     base = registry.get_recurrence("scalar_decay")
     x = torch.empty(B, T, 2, 16)
-    tensors = base.tensors(x, x, x, None, None, None, None, None, None, None)
+    tensors = base.tensors(x, x, x, *[None] * 8)
     return base.problem(tensors, base.options(1.0, "none", 0.0, False, False), grad)
 
 

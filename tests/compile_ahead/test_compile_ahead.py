@@ -30,6 +30,7 @@ if settings.current.interpret:
 ARCHS = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950")
 RECURRENCE = registry.get_recurrence("scalar_decay")
 VARIANTS = [v.name for v in RECURRENCE.variants if v.language == "triton"]
+GLUON = [v.name for v in RECURRENCE.variants if v.language == "gluon"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,15 @@ def test_default_configs(name: str, arch: str) -> None:
         compile_and_fit(launches(SHAPES[name], variant.name, variant.configs(key)[0]), arch)
 
 
+@pytest.mark.parametrize("name", [*SHAPES])
+def test_gluon_on_hopper(name: str) -> None:
+    """Every config of the variants that are written for sm90, where they take the shape."""
+    key = problem(SHAPES[name], "sm90").key()
+    for variant in map(RECURRENCE.variant, GLUON):
+        for config in () if variant.static_refusals(key) else variant.configs(key):
+            compile_and_fit(launches(SHAPES[name], variant.name, config), "sm90")
+
+
 @pytest.mark.parametrize("name, arch", OTHER_CONFIGS)
 def test_other_configs(name: str, arch: str) -> None:
     configs = RECURRENCE.variant("sweep_triton").configs(problem(SHAPES[name], arch).key())
@@ -162,6 +172,8 @@ def kernels_on_disk() -> set[str]:
 def test_every_kernel_is_in_the_matrix() -> None:
     seen = set()
     for shape in SHAPES.values():
-        for variant in map(RECURRENCE.variant, VARIANTS):
+        for variant in map(RECURRENCE.variant, [*VARIANTS, *GLUON]):
+            if variant.static_refusals(problem(shape, "sm90").key()):
+                continue
             seen |= {x.kernel.__name__ for x in launches(shape, variant.name, variant.configs(problem(shape, "sm90").key())[0])}
     assert seen == kernels_on_disk()

@@ -30,7 +30,7 @@ def compilations() -> Iterator[list[str]]:
         knobs.runtime.jit_post_compile_hook = before
 
 
-@pytest.mark.parametrize("variant", matrix.variants("triton"))
+@pytest.mark.parametrize("variant", [*matrix.variants("triton"), *matrix.variants("gluon")])
 def test_lengths_and_packings_compile_nothing(variant: str) -> None:
     handle = fd.op("simple_gla", mode=variant)
 

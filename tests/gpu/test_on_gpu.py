@@ -11,7 +11,7 @@ import fla_dispatch as fd
 from fla_dispatch.kernels.scalar_decay.cases import Case, Inputs, Sizes, make_inputs, select, tolerance
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-TRITON = matrix.variants("triton")
+TRITON = [*matrix.variants("triton"), *matrix.variants("gluon")]
 DEVICE = "cuda"
 
 

@@ -61,13 +61,21 @@ def source(launch: Launch) -> ASTSource:
             signature[name] = "fp32"
     for name in names[len(launch.args) :]:
         signature[name], constants[name] = "constexpr", launch.constants[name]
-    return ASTSource(fn, signature, constants, aligned)
+    return _source_class(fn)(fn, signature, constants, aligned)
+
+
+def _source_class(fn: Any) -> Any:
+    if not fn.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def launch_key(launch: Launch) -> tuple[Any, ...]:
     """Equal keys compile to equal kernels."""
     s = source(launch)
-    return (launch.kernel.__name__, str(s.signature), str(s.constants), str(s.attrs), launch.warps, launch.stages)
+    return (launch.kernel.__module__, launch.kernel.__name__, str(s.signature), str(s.constants), str(s.attrs), launch.warps, launch.stages)
 
 
 def compile_launch(launch: Launch, arch: str) -> Compiled:

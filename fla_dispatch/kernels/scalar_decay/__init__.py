@@ -3,10 +3,10 @@
 Per sequence and value head, with a state S of shape [K, V]:
 
     (1)  S_t = a_t S_{t-1} + beta_t k_t v_t^T,        a_t = exp(g_t)
-    (2)  o_t = scale * q_t S_t
+    (2)  o_t = scale * q_t S_t + skip_h v_t                                        (skip: where given, never with normalize)
     (3)  z_t = a_t z_{t-1} + beta_t k_t,   r_t = 1 / (scale * q_t z_t + EPS),   o_t <- r_t o_t      (normalize only)
 
-With G_t = g_1 + ... + g_t and the decay matrix M_ts = exp(G_t - G_s) for s <= t, else 0, the same output is
+With G_t = g_1 + ... + g_t and the decay matrix M_ts = exp(G_t - G_s) for s <= t, else 0, the same output (but for skip) is
 
     (4)  o_t = scale * sum_s M_ts beta_s (q_t . k_s) v_s + scale * exp(G_t) q_t S_0
 
@@ -14,6 +14,7 @@ One function f(a, b, c) = (M * (a b^T)) c gives the output and every gradient, b
 
     (5)  o = f(q, k, v)   dq = f(do, v, k)   dk = f'(v, do, q)   dv = f'(k, q, do)         f' has M^T: time reversed
     (6)  dG_t = q_t . dq_t - k_t . dk_t,   dg_t = <S_0, dS_0> - sum_{s < t} dG_s,   beta_t dbeta_t = v_t . dv_t = k_t . dk_t
+    (8)  dv_t <- dv_t + skip_h do_t,   dskip_h = sum_t do_t . v_t             (skip alone, after (6) has taken v_t . dv_t)
 
 (the sum of all dG_t is <S_0, dS_0> - <S_T, dS_T>, so this is also the sum over s >= t plus <S_T, dS_T>; counting from the start
 needs no final state and keeps its rounding out of every gate)

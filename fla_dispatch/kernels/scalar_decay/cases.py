@@ -154,6 +154,8 @@ def make_inputs(
         dt, A, parameters = _mamba2_parts(draw, s, dtype, regime)
         args = (v, dt, A.to(wide), k, q)
         kwargs |= {name: x.to(wide) for name, x in parameters.items()} | {"dt_softplus": True}
+        if chosen.pop("half_skip", False):
+            kwargs["D"] = kwargs["D"].to(dtype)
         if chosen.pop("gated", False):
             kwargs["z"] = draw.normal(s.B, s.T, s.HV, s.V).to(dtype)
     kwargs |= chosen
@@ -315,6 +317,8 @@ def _make_cases() -> Iterator[Case]:
                 yield Case(f"{name}_normalized", op, sizes, tags=tags, options=(("normalize", True),), **fields)
             if op == "mamba2" and name in ("one_token", "group2", "bf16", "pack", "gpu_group"):
                 yield Case(f"{name}_gated", op, sizes, tags=tags, options=(("gated", True), ("dt_limit", (0.002, 0.5))), **fields)
+            if op == "mamba2" and name in ("fp16_small", "bf16_small", "gpu_fp16"):
+                yield Case(f"{name}_half_skip", op, sizes, tags=tags, options=(("half_skip", True),), **fields)
     model: dict[str, Any] = {"dtype": _BF16, "tags": frozenset({"bench"})}
     yield Case("mamba2_1.3b", "mamba2", Sizes(8, 2048, 1, 64, 128, 64), source="Mamba-2 1.3B: 64 heads of 64, N = 128, one group", **model)
     wide = {**model, "tags": frozenset({"bench", "wide"})}

@@ -164,6 +164,7 @@ class _Call(NamedTuple):
     v: torch.Tensor
     G: torch.Tensor
     beta: torch.Tensor | None
+    skip: torch.Tensor | None  # [HV, 1, 1]
     h0: torch.Tensor
     z0: torch.Tensor
 
@@ -184,7 +185,8 @@ def _prepare(config: TorchConfig, t: Tensors, o: Options) -> _Call:
     h0 = t.v.new_zeros((*shape, V), dtype=acc) if t.h0 is None else t.h0.to(acc)
     z0 = t.v.new_zeros(shape, dtype=acc) if t.z0 is None else t.z0.to(acc)
     G = g.cumsum(-1).expand(v.shape[:-1])
-    return _Call(chunks, q, k, v, G, None if t.beta is None else chunks.split(t.beta.to(acc)), h0, z0)
+    beta = None if t.beta is None else chunks.split(t.beta.to(acc))
+    return _Call(chunks, q, k, v, G, beta, None if t.skip is None else t.skip.to(acc)[:, None, None], h0, z0)
 
 
 def _own(state: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
@@ -197,6 +199,8 @@ def forward(config: TorchConfig, t: Tensors, o: Options) -> Outputs:
     c = _prepare(config, t, o)
     s = sweep(c.chunks, c.q, c.k, c.v, c.G, c.h0, reverse=False, col=c.beta)
     out, empty = o.scale * s.out, c.v.new_empty(0)
+    if c.skip is not None:
+        out = out + c.skip * c.v  # (2)
     z = weight = empty
     if o.normalize:
         ones = c.G.exp()  # decay of the chunk's start, as in `sweep`
@@ -242,7 +246,7 @@ def backward(config: TorchConfig, residuals: Residuals, grads: OutputGrads, o: O
     back_k = sweep(chunks, c.v, do, c.q, c.G, swap(dS), reverse=True, col=col, u_col=u, extra=dz if o.normalize else None)
     back_v = sweep(chunks, c.k, c.q, do, c.G, dS, reverse=True, col=col)
     dk, dv = weight * back_k.out, weight * back_v.out
-    dg = dbeta = None
+    dg = dbeta = dskip = None
     if t.g is not None:  # (6)
         dG = (c.q * dq).sum(-1) - (c.k * dk).sum(-1)
         inside = -dG.cumsum(-1)
@@ -251,9 +255,12 @@ def backward(config: TorchConfig, residuals: Residuals, grads: OutputGrads, o: O
         dg = chunks.join(earlier[..., None] + inside + dG).to(t.g.dtype)
     if t.beta is not None:
         dbeta = chunks.join((c.v * back_v.out).sum(-1)).to(t.beta.dtype)
+    if t.skip is not None:
+        dv = dv + c.skip * do  # (8)
+        dskip = (do * c.v).sum((0, 1, 3, 4)).to(t.skip.dtype)
     found = (
         sum_groups(chunks.join(dq), group).to(t.q.dtype), sum_groups(chunks.join(dk), group).to(t.k.dtype),
-        chunks.join(dv).to(t.v.dtype), dg, dbeta,
+        chunks.join(dv).to(t.v.dtype), dg, dbeta, dskip,
         back_v.state.to(t.h0.dtype) if t.h0 is not None else None,
         back_k.extra.to(t.z0.dtype) if t.z0 is not None and back_k.extra is not None else None,
     )  # fmt: skip

@@ -38,7 +38,7 @@ def _segments(c: Call, t: Tensors, SEG: int) -> _Segments:
 
 def _tiles(config: SegmentConfig) -> dict[str, int]:
     """The launch arguments that every kernel takes."""
-    return {"SEG": config.SEG, "BT": config.BT, "BE": config.BE, "warps": config.warps, "stages": config.stages}
+    return {"SEG": config.SEG, "BT": config.BT, "BE": config.BE, "warps": config.warps, "stages": config.stages, "tma": config.tma}
 
 
 def _compose(
@@ -67,7 +67,7 @@ def _forward_states(
 
 def forward(config: SegmentConfig, t: Tensors, o: Options) -> Outputs:
     out = Outputs(*empty_outputs(t, o))
-    c = prepare(t, o, config.BT)
+    c = prepare(t, o, config.BT, config.tma)
     s = _segments(c, t, config.SEG)
     h0, z0 = _forward_states(config, c, o, s, out)
     run_forward(c, o, out, units=s.units, offsets=s.offsets, h0=h0, z0=z0, **_tiles(config))
@@ -76,9 +76,9 @@ def forward(config: SegmentConfig, t: Tensors, o: Options) -> Outputs:
 
 def backward(config: SegmentConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
     t = residuals.tensors
-    c = prepare(t, o, config.BT)
+    c = prepare(t, o, config.BT, config.tma)
     s = _segments(c, t, config.SEG)
-    a = arriving(c, residuals, grads, o)
+    a = arriving(c, residuals, grads, o, config.tma)
     out = Buffers(c, o, config.BE, states=t.h0 is not None or t.z0 is not None, gates=t.g is not None or t.beta is not None)
     h0, z0 = _forward_states(config, c, o, s, None)
     rest = _tiles(config)

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 class SweepConfig(NamedTuple):
     """BT: tokens per chunk (0: token by token); BE: width of an output tile; warps and pipeline stages of a block;
-    split: backward as three launches instead of one with three slices."""
+    split: backward as three launches instead of one with three slices; tma: tiles by tensor descriptors."""
 
     BT: int
     BE: int
     warps: int
     stages: int
     split: bool = False
+    tma: bool = False
 
 
 class SegmentConfig(NamedTuple):
@@ -25,6 +26,15 @@ class SegmentConfig(NamedTuple):
     warps: int
     stages: int
     split: bool = False
+    tma: bool = False
+
+
+class GluonConfig(NamedTuple):
+    """BE: width of an output tile; warps of a block; stages of its copies. Chunks have 64 tokens."""
+
+    BE: int
+    warps: int
+    stages: int
 
 
 class RecurrentConfig(NamedTuple):

@@ -60,7 +60,7 @@ def _lower(
         check_state(where, "initial_state", initial_state, (N, HV, K, V), _STATE, dtype, device, "q")
     scale = K**-0.5 if scale is None else check_scale(where, scale)
     check_flag(where, "output_final_state", output_final_state)
-    tensors = _new(Tensors, (q, k, v, g, None, initial_state, None, cu, host, segments))
+    tensors = _new(Tensors, (q, k, v, g, None, None, initial_state, None, cu, host, segments))
     return _new(Lowering, ("scalar_decay", tensors, _new(Options, (scale, decay, rate, False, output_final_state)), None, None))
 
 
@@ -110,7 +110,7 @@ def linear_attn(
     t, o = low.tensors, low.options
     if initial_state is not None:
         check_state("linear_attn", "initial_state.z", z, S.shape[:3], "[N, HV, K]", t.q.dtype, t.q.device, "q")
-        t = Tensors(t.q, t.k, t.v, None, None, S, z, t.cu, t.host, t.segments)
+        t = Tensors(t.q, t.k, t.v, None, None, None, S, z, t.cu, t.host, t.segments)
     return Lowering(
         "scalar_decay", t, Options(o.scale, "none", 0.0, True, output_final_state), None, _linear_state if output_final_state else None
     )
@@ -228,11 +228,11 @@ def mamba2(
     A = check_companion("mamba2", "A", A, (H,), "[H]", dtype, device, "x")
     if dt_bias is not None:
         dt_bias = check_companion("mamba2", "dt_bias", dt_bias, (H,), "[H]", dtype, device, "x")
-    if D is not None:
-        per_channel = isinstance(D, torch.Tensor) and D.dim() == 2
-        D = check_companion(
-            "mamba2", "D", D, (H, P) if per_channel else (H,), "[H, P]" if per_channel else "[H] (or [H, P])", dtype, device, "x"
-        )
+    skip = channels = None  # D [H] is part of the recurrence, D [H, P] is added to its output
+    if isinstance(D, torch.Tensor) and D.dim() == 2:
+        channels = check_companion("mamba2", "D", D, (H, P), "[H, P]", dtype, device, "x")
+    elif D is not None:
+        skip = check_companion("mamba2", "D", D, (H,), "[H] (or [H, P])", dtype, device, "x")
     if z is not None:
         z = check_companion("mamba2", "z", z, (rows, T, H, P), "[B, T, H, P]", dtype, device, "x")
     low, high = check_limits("mamba2", "dt_limit", dt_limit)
@@ -256,25 +256,25 @@ def mamba2(
             step = F.softplus(step)
         if high != math.inf or low > 0.0 or not dt_softplus:
             step = step.clamp(low, high)
-        return Tensors(t.q, t.k, t.v, step * A.to(wide), step, t.h0, t.z0, t.cu, t.host, t.segments)
+        return Tensors(t.q, t.k, t.v, step * A.to(wide), step, t.skip, t.h0, t.z0, t.cu, t.host, t.segments)
 
     def finish(outputs: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The skip and the gate, in float32."""
+        """A skip per channel and the gate, in float32."""
         y, state, _, _ = outputs
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         y = y.to(wide)
-        if D is not None:
-            y = y + x.to(wide) * (D if D.dim() == 2 else D[:, None]).to(wide)
+        if channels is not None:
+            y = y + x.to(wide) * channels.to(wide)
         if z is not None:
             y = y * F.silu(z.to(wide))
         return y.to(dtype), state if output_final_state else None
 
     return Lowering(
         "scalar_decay",
-        Tensors(C, B, x, dt, dt, initial_state, None, cu, host, segments),
+        Tensors(C, B, x, dt, dt, skip, initial_state, None, cu, host, segments),
         Options(1.0, "token", 0.0, False, output_final_state),
         prepare,
-        finish if D is not None or z is not None else None,
+        finish if channels is not None or z is not None else None,
     )
 
 

@@ -21,6 +21,7 @@ class Tensors(NamedTuple):
     v: torch.Tensor  # [B, T, HV, V]
     g: torch.Tensor | None  # [B, T, HV] log decay per token, <= 0
     beta: torch.Tensor | None  # [B, T, HV] weight of each token's update
+    skip: torch.Tensor | None  # [HV] weight of v_t itself in o_t; never with normalize
     h0: torch.Tensor | None  # [N, HV, K, V] float32, initial state
     z0: torch.Tensor | None  # [N, HV, K] float32, initial normaliser
     cu: torch.Tensor | None  # [N + 1] int, cumulative lengths of a pack (then B == 1)
@@ -66,6 +67,7 @@ class Gradients(NamedTuple):
     v: torch.Tensor | None
     g: torch.Tensor | None
     beta: torch.Tensor | None
+    skip: torch.Tensor | None
     h0: torch.Tensor | None
     z0: torch.Tensor | None
 
@@ -127,13 +129,14 @@ def residuals(t: Tensors, out: Outputs, o: Options) -> Residuals:
 
 def check(t: Tensors, o: Options) -> None:
     """Checks of values, from host tensors only; nothing synchronises."""
+    assert t.skip is None or not o.normalize, "equation (2)"
     if t.host is not None:
         check_lengths("scalar_decay", t.host, t.q.shape[1])
 
 
 def facts(t: Tensors, o: Options) -> tuple[object, ...]:
     """Cheap facts that determine the Key: finer than it, never coarser (lengths by power of two, small counts exactly)."""
-    q, _, v, g, beta, h0, _, cu, _, segments = t
+    q, _, v, g, beta, skip, h0, _, cu, _, segments = t
     _, decay, _, normalize, final_state = o
     B, T, H, K = q.shape
     _, _, HV, V = v.shape
@@ -141,7 +144,8 @@ def facts(t: Tensors, o: Options) -> tuple[object, ...]:
     count = B * HV if cu is None else (cu.shape[0] - 1) * HV
     return (
         q.dtype, q.device, K, V, HV, H, n, count if count < 1024 else 1 << (count - 1).bit_length(),
-        None if g is None else g.dtype, None if beta is None else beta.dtype, h0 is None,
+        None if g is None else g.dtype, None if beta is None else beta.dtype,
+        None if skip is None else skip.dtype, h0 is None,
         None if cu is None else ((cu.shape[0] - 1), -(-T // max(1, cu.shape[0] - 1)), segments is None),
         decay, normalize, final_state,
     )  # fmt: skip
@@ -157,7 +161,7 @@ def problem(t: Tensors, o: Options, grad: bool) -> Problem:
     N = sequences(t)
     packed = t.cu is not None
     roles = [("qkv", _name(t.q.dtype))]
-    roles += [(role, _name(x.dtype)) for role, x in (("g", t.g), ("beta", t.beta)) if x is not None]
+    roles += [(role, _name(x.dtype)) for role, x in (("g", t.g), ("beta", t.beta), ("skip", t.skip)) if x is not None]
     decay = o.decay if o.decay in ("none", "token") else "head"
     return Problem(
         recurrence="scalar_decay",

@@ -44,16 +44,17 @@ def _start(t: Tensors, n: int, *, z: bool) -> torch.Tensor:
 
 
 def _cast(t: Tensors) -> tuple[torch.Tensor, ...]:
-    """q, k, v, a and beta in the accumulation dtype with expanded heads, [B, T, HV, ...]."""
+    """q, k, v and beta in the accumulation dtype with expanded heads, [B, T, HV, ...], and skip [HV]."""
     acc, group = state_dtype(t), t.v.shape[2] // t.q.shape[2]
     q, k, v = (x.to(acc) for x in (t.q, t.k, t.v))
     beta = torch.ones_like(v[..., 0]) if t.beta is None else t.beta.to(acc)
-    return expand_heads(q, group), expand_heads(k, group), v, beta
+    skip = v.new_zeros(v.shape[2]) if t.skip is None else t.skip.to(acc)
+    return expand_heads(q, group), expand_heads(k, group), v, beta, skip
 
 
 @outside_autocast
 def forward(config: None, t: Tensors, o: Options) -> Outputs:
-    q, k, v, beta = _cast(t)
+    q, k, v, beta, skip = _cast(t)
     a = _decays(t, o)
     out, weights, states, normalisers = [], [], [], []
     for n, (begin, end) in enumerate(_spans(t)):
@@ -61,7 +62,7 @@ def forward(config: None, t: Tensors, o: Options) -> Outputs:
         for i in range(begin, end):
             bk = beta[:, i, :, None] * k[:, i]
             S = a[:, i, :, None, None] * S + bk[..., None] * v[:, i, :, None, :]  # (1)
-            y = o.scale * torch.einsum("bhk,bhkv->bhv", q[:, i], S)  # (2)
+            y = o.scale * torch.einsum("bhk,bhkv->bhv", q[:, i], S) + skip[:, None] * v[:, i]  # (2)
             if o.normalize:
                 z = a[:, i, :, None] * z + bk  # (3)
                 r = 1 / (o.scale * (q[:, i] * z).sum(-1) + EPS)
@@ -85,11 +86,12 @@ def backward(config: None, residuals: Residuals, grads: OutputGrads, o: Options,
     """The loop run backwards: with R_t = dL/dS_t and y_t = dL/dz_t,
 
     R_t <- R_t + scale q_t (r_t do_t)^T,   y_t <- y_t + scale u_t q_t,   u_t = -r_t (do_t . o_t)
-    dq_t = scale (S_t r_t do_t + u_t z_t),  dk_t = beta_t (R_t v_t + y_t),  dv_t = beta_t R_t^T k_t,
-    dbeta_t = k_t . (R_t v_t + y_t),  dg_t = a_t (<R_t, S_{t-1}> + y_t . z_{t-1}),  R_{t-1} = a_t R_t,  y_{t-1} = a_t y_t.
+    dq_t = scale (S_t r_t do_t + u_t z_t),  dk_t = beta_t (R_t v_t + y_t),  dv_t = beta_t R_t^T k_t + skip do_t,
+    dbeta_t = k_t . (R_t v_t + y_t),  dg_t = a_t (<R_t, S_{t-1}> + y_t . z_{t-1}),  R_{t-1} = a_t R_t,  y_{t-1} = a_t y_t,
+    dskip = sum_t do_t . v_t.
     """
     t = residuals.tensors
-    q, k, v, beta = _cast(t)
+    q, k, v, beta, skip = _cast(t)
     a, group, acc = _decays(t, o), t.v.shape[2] // t.q.shape[2], state_dtype(t)
     do = torch.zeros_like(v) if grads.o is None else grads.o.to(acc)
     u = torch.zeros_like(v[..., 0])
@@ -115,7 +117,7 @@ def backward(config: None, residuals: Residuals, grads: OutputGrads, o: Options,
             to_k = torch.einsum("bhkv,bhv->bhk", R, v[:, i]) + y
             dk[:, i] = beta[:, i, :, None] * to_k
             dbeta[:, i] = (k[:, i] * to_k).sum(-1)
-            dv[:, i] = beta[:, i, :, None] * torch.einsum("bhkv,bhk->bhv", R, k[:, i])
+            dv[:, i] = beta[:, i, :, None] * torch.einsum("bhkv,bhk->bhv", R, k[:, i]) + skip[:, None] * do[:, i]
             dg[:, i] = a[:, i] * ((R * Sp).sum((-1, -2)) + (y * zp).sum(-1))
             R, y = a[:, i, :, None, None] * R, a[:, i, :, None] * y
         dh0.append(R)
@@ -124,6 +126,7 @@ def backward(config: None, residuals: Residuals, grads: OutputGrads, o: Options,
     found = (
         sum_groups(dq, group).to(t.q.dtype), sum_groups(dk, group).to(t.k.dtype), dv.to(t.v.dtype),
         dg.to(t.g.dtype) if t.g is not None else None, dbeta.to(t.beta.dtype) if t.beta is not None else None,
+        (do * v).sum((0, 1, 3)).to(t.skip.dtype) if t.skip is not None else None,
         torch.cat(dh0).to(t.h0.dtype) if t.h0 is not None else None, torch.cat(dz0).to(t.z0.dtype) if t.z0 is not None else None,
     )  # fmt: skip
     return Gradients(*(x if want else None for x, want in zip(found, wanted, strict=True)))

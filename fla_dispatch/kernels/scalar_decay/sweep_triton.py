@@ -15,14 +15,15 @@ from .sweep.host import prepare
 
 def forward(config: SweepConfig, t: Tensors, o: Options) -> Outputs:
     out = Outputs(*empty_outputs(t, o))
-    run_forward(prepare(t, o, config.BT), o, out, BT=config.BT, BE=config.BE, warps=config.warps, stages=config.stages)
+    c = prepare(t, o, config.BT, config.tma)
+    run_forward(c, o, out, BT=config.BT, BE=config.BE, warps=config.warps, stages=config.stages, tma=config.tma)
     return out
 
 
 def backward(config: SweepConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
     t = residuals.tensors
-    c = prepare(t, o, config.BT)
-    a = arriving(c, residuals, grads, o)
+    c = prepare(t, o, config.BT, config.tma)
+    a = arriving(c, residuals, grads, o, config.tma)
     out = Buffers(c, o, config.BE, states=t.h0 is not None or t.z0 is not None, gates=t.g is not None or t.beta is not None)
     run_backward(c, o, a.do, a.s_do, a.w, a.u, a.dS, a.dz, out, **config._asdict())
     return leaving(c, residuals, out, wanted)

@@ -8,8 +8,8 @@ from ...problem import Problem
 from ...registry import Recurrence, Variant
 from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package, Rule, SharedMemory
 from . import recurrence
-from .configs import RecurrentConfig, SegmentConfig, SweepConfig, TorchConfig
-from .costs import chunk_cost, item_bytes, padded, recurrent_cost, reference_cost, sweep_cost, tokens, torch_cost
+from .configs import GluonConfig, RecurrentConfig, SegmentConfig, SweepConfig, TorchConfig
+from .costs import chunk_cost, gluon_cost, item_bytes, padded, recurrent_cost, reference_cost, sweep_cost, tokens, torch_cost
 from .workload import WORKLOAD
 
 HALF = ("bfloat16", "float16")
@@ -20,34 +20,50 @@ FLOAT = (*HALF, "float32")
 
 
 def _shared_bytes(p: Problem, c: SweepConfig) -> int:
-    """Shared memory of one sweep block: staged tiles of a, b, c, and the operand copies of the state and of a b^T."""
+    """Shared memory of one sweep block: staged tiles of a, b, c, and the operand copies of the state and of a b^T.
+
+    Descriptors also stage what is stored and what row sums are taken with.
+    """
     size, wide = item_bytes(p), max(padded(p.K), padded(p.V))
-    return size * (c.stages * c.BT * (2 * wide + c.BE) + wide * c.BE + c.BT * c.BT + c.BT * c.BE) + 2048
+    tile = c.BT * c.BE
+    staged = c.BT * 2 * wide + tile + (tile if c.tma and p.grad and p.flag("decay") == "token" else 0)
+    return size * (c.stages * staged + wide * c.BE + c.BT * c.BT + tile * (2 if c.tma else 1)) + 2048
+
+
+def _descriptors(p: Problem) -> bool:
+    """Whether tiles are read by tensor descriptors: rows of whole 16 bytes, on Hopper, where that was measured.
+
+    Triton 3.7 does not compile the pipelined loop with descriptors for sm100.
+    """
+    whole = all(d * item_bytes(p) % 16 == 0 for d in (p.K, p.V))
+    return whole and (p.interpret or p.device.arch_number == 90)
 
 
 def _sweep_configs(p: Problem) -> tuple[SweepConfig, ...]:
-    """Configs that fit the device's shared memory (docs/measured.md has the timings).
+    """Configs that fit the device's shared memory, those with tensor descriptors first (docs/measured.md has the timings).
 
     Half precision: 64-token chunks and output tiles of 64 columns on 4 warps hold the state of D = 128 in registers; three
-    stages hide the latency of memory, two do not. At D = 256 the state alone fills the registers of 4 warps, so 8. Tiles
-    narrower than 64 columns never run on 4 warps: decision 0003. Where three blocks fit one unit (D <= 64), three launches beat one
-    launch with three slices, which holds the shared memory of all three. float32 has no matrix unit at full precision: small
-    tiles. Backward with gates runs best at two stages, or 32-token chunks at D = 256.
+    or four stages hide the latency of memory, two do not. Gates in backward carry two terms per operand, which leaves registers
+    for two stages. At D = 256 the state alone fills the registers of 4 warps, so 8, and 32-token chunks leave room for three
+    stages. Tiles narrower than 64 columns never run on 4 warps: decision 0003. 128-token chunks and tiles of 128 columns were
+    slower everywhere. float32 has no matrix unit at full precision: small tiles.
     """
     wide = max(padded(p.K), padded(p.V))
-    gated = p.grad and p.flag("decay") == "token"  # two terms per operand in backward: registers for fewer stages
-    first: tuple[tuple[Any, ...], ...] = ()
+    tma: tuple[tuple[Any, ...], ...] = ()
     if p.dtype("qkv") == "float32":
-        rest: tuple[tuple[Any, ...], ...] = ((32, 32, 4, 1, True), (16, 32, 4, 1, True), (16, 16, 4, 1, True))
+        plain: tuple[tuple[Any, ...], ...] = ((32, 32, 4, 1, True), (16, 32, 4, 1, True), (16, 16, 4, 1, True))
     elif min(padded(p.K), padded(p.V)) < 64:
-        rest = ((64, 32, 2, 2, True), (32, 32, 2, 1, True), (32, 16, 2, 1, True), (16, 16, 2, 1, True))
+        plain = ((64, 32, 2, 2, True), (32, 32, 2, 1, True), (32, 16, 2, 1, True), (16, 16, 2, 1, True))
+    elif wide <= 64:
+        tma = ((64, 64, 4, 3, True, True), (64, 64, 4, 3, False, True), (64, 64, 4, 2, False, True))
+        plain = ((64, 64, 4, 3, True), (64, 64, 4, 2, True), (64, 64, 4, 1, True), (32, 64, 4, 1, True), (32, 32, 2, 1, True))
     elif wide <= 128:
-        first = ((64, 64, 4, 2, False),) if gated and wide > 64 else ()
-        rest = ((64, 64, 4, 3, wide <= 64), (64, 64, 4, 2, True), (64, 64, 4, 1, True), (32, 64, 4, 1, True), (32, 32, 2, 1, True))
+        tma = ((64, 64, 4, 4, True, True), (64, 64, 4, 3, True, True), (64, 64, 4, 2, False, True))
+        plain = ((64, 64, 4, 3, False), (64, 64, 4, 2, True), (64, 64, 4, 1, True), (32, 64, 4, 1, True), (32, 32, 2, 1, True))
     else:
-        first = ((32, 64, 8, 2, False),) if gated else ()
-        rest = ((64, 64, 8, 1, False), (64, 64, 8, 1, True), (32, 64, 8, 1, True), (32, 32, 2, 1, True), (16, 16, 2, 1, True))
-    found = tuple(SweepConfig(*c) for c in (*first, *rest))
+        tma = ((32, 64, 8, 3, True, True), (64, 64, 8, 2, True, True), (64, 64, 8, 1, False, True))
+        plain = ((64, 64, 8, 1, False), (32, 64, 8, 2, True), (32, 64, 8, 1, True), (32, 32, 2, 1, True), (16, 16, 2, 1, True))
+    found = tuple(SweepConfig(*c) for c in ((*tma, *plain) if _descriptors(p) else plain))
     room = p.device.shared_bytes if p.device.is_gpu else 1 << 30
     return tuple(c for c in found if _shared_bytes(p, c) <= room) or found[-1:]
 
@@ -68,7 +84,31 @@ def _segment(p: Problem) -> int:
 
 
 def _chunk_configs(p: Problem) -> tuple[SegmentConfig, ...]:
-    return tuple(dict.fromkeys(SegmentConfig(_segment(p), *c._replace(split=True)) for c in _sweep_configs(p)))
+    """The sweep's, with backward as three launches: one with three slices needs the shared memory of all. Two stages leave room."""
+    room = max(padded(p.K), padded(p.V)) <= 128
+    found = (SegmentConfig(_segment(p), *c._replace(split=not (c.tma and c.stages == 2 and room))) for c in _sweep_configs(p))
+    return tuple(dict.fromkeys(found))
+
+
+def _gluon_configs(p: Problem) -> tuple[GluonConfig, ...]:
+    """Configs that fit the device's shared memory, several stages first. Four warps hold the state of D = 128; two terms per
+    operand (gates in backward) and D = 256 want eight."""
+    wide = max(padded(p.K), padded(p.V))
+    terms = 2 if p.grad and p.flag("decay") == "token" else 1
+    if wide > 128:
+        found = (GluonConfig(64, 8, 2), GluonConfig(64, 8, 1))
+    elif wide > 64:
+        found = tuple(GluonConfig(64, warps, stages) for warps in ((8, 4) if terms == 2 else (4, 8)) for stages in (4, 3, 2))
+    else:
+        found = tuple(GluonConfig(64, 4, stages) for stages in (3, 2, 4))
+
+    def fits(c: GluonConfig) -> bool:
+        tile = 64 * c.BE
+        staged = 2 * 64 * wide + terms * tile  # row sums come with two terms
+        partial = 4 if p.group > 1 and p.grad else 2
+        return 2 * (c.stages * staged + terms * (64 * 64 + wide * c.BE + tile)) + partial * tile + 1024 <= p.device.shared_bytes
+
+    return tuple(c for c in found if fits(c)) or found[-1:]
 
 
 def _recurrent_configs(p: Problem) -> tuple[RecurrentConfig, ...]:
@@ -85,6 +125,7 @@ _TRITON = (
     DTypes("qkv", FLOAT),
     DTypes("g", FLOAT),
     DTypes("beta", FLOAT),
+    DTypes("skip", FLOAT),
     Dim("K", 1, 256),
     Dim("V", 1, 256),
     Flag("decay", ("none", "head", "token")),
@@ -98,12 +139,32 @@ def _interpretable(p: Problem) -> tuple[str, str, str] | None:
     return None
 
 
+def _hopper(p: Problem) -> tuple[str, str, str] | None:
+    """The kernel speaks to the matrix units of sm90 and its tensor descriptors, and has no interpreter."""
+    if p.device.arch_number != 90:
+        return p.device.arch, "sm90", "use sweep_triton"
+    if p.interpret:
+        return "the interpreter", "a GPU", "use sweep_triton"
+    if any(d * 2 % 16 for d in (p.K, p.V)):
+        return f"head dims {p.K} and {p.V}", "multiples of 8", "pad q, k and v, or use sweep_triton"
+    return None
+
+
 _PRODUCTS = (*_TRITON, SharedMemory(_least_shared), Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable))
 
 VARIANTS = (
     Variant(
         "sweep_triton", f"{__package__}.sweep_triton", _PRODUCTS, sweep_cost, _sweep_configs,
         "one launch forward, one backward; the state of a sequence stays in registers",
+    ),
+    Variant(
+        "sweep_gluon", f"{__package__}.sweep_gluon",
+        (
+            Gpu(nvidia_min=90), Package("triton", (3, 6)), DTypes("qkv", HALF), DTypes("g", FLOAT), DTypes("beta", FLOAT), Dim("K", 1, 256),
+            Dim("V", 1, 256), Flag("decay", ("none", "head", "token")), Flag("normalize", ("false",)),
+            Rule("Hopper", ("interpret", "device", "K", "V"), _hopper),
+        ),
+        gluon_cost, _gluon_configs, "the sweep for Hopper, with products that run side by side",
     ),
     Variant(
         "chunk_triton", f"{__package__}.chunk_triton", _PRODUCTS, chunk_cost, _chunk_configs,

@@ -72,13 +72,15 @@ def _make(
     k = F.normalize(k, dim=-1).to(dtype)
     q, v = q.to(dtype), draw.normal(B, T, HV, p.V).to(dtype)
     g, beta = _gates(draw, p, regime, B, T, HV)
+    skip_dtype = p.dtype("skip")
+    skip = (1 + 0.1 * draw.normal(HV)).to(getattr(torch, skip_dtype)) if skip_dtype else None
     state = torch.float64 if dtype == torch.float64 else torch.float32
     h0 = (0.5 * draw.normal(N, HV, p.K, p.V)).to(state) if p.initial_state else None
     z0 = (0.5 + draw.uniform(0, 1, N, HV, p.K)).to(state) if p.initial_state and normalize else None
     pack = None if lengths is None else SeqInfo.from_lengths(list(lengths), device)
     packing = (None, None, None) if pack is None else (pack.cu_seqlens, pack.host, pack.segments)
     options = Options(p.K**-0.5, "retention" if decay == "head" else decay, 0.0, normalize, p.final_state)
-    return Tensors(q, k, v, g, beta, h0, z0, *packing), options
+    return Tensors(q, k, v, g, beta, skip, h0, z0, *packing), options
 
 
 def make(p: Problem, device: torch.device, seed: int = 0) -> tuple[Tensors, Options]:

@@ -1,4 +1,4 @@
-"""The gradients dq = f(do, v, k), dk = f'(v, do, q), dv = f'(k, q, do) of equation (5), three slices of one launch.
+"""The gradients dq = f(do, v, k), dk = f'(v, do, q), dv = f'(k, q, do) of (5), with skip (8), three slices of one launch.
 
 Grid: (units * HV * tiles, 3): slice 0 is dq, 1 is dk, 2 is dv; tiles are of K for dq and dk, of V for dv. With grouped
 values dq and dk are float32 partial sums per value head, summed over the group by the caller.
@@ -26,9 +26,11 @@ def sweep(
     o,  # [T, E]
     x,  # [T, E] or None
     dot,  # [T] or None
+    dot_c,  # [T] or None
     g,  # [T] or [1] or None
     w,  # [T] or None
     u,  # [T] or None
+    skip,  # a number or None
     s_in,  # [D, E] or None
     s_out,  # [D, E] or None
     z_in,  # [E] or None
@@ -55,6 +57,7 @@ def sweep(
     Z: tl.constexpr,
     EXACT: tl.constexpr,
     TOKENS: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     FLOOR: tl.constexpr,
@@ -62,15 +65,14 @@ def sweep(
     """One sweep with the body that TOKENS names."""
     if TOKENS:
         sweep_tokens(
-            a, b, c, o, x, dot, g, w, u, s_in, s_out, z_in, z_out, None, length, scale, 0.0, s_a, s_b, s_c, s_o, s_x, HV, i_e,
-            D=D, E=E, BD=BD, BE=BE, SR=SR, SC=SC, DECAY=DECAY, REVERSE=REVERSE, W=W, Z=Z, FLOOR=FLOOR,
+            a, b, c, o, x, dot, dot_c, g, w, u, skip, s_in, s_out, z_in, z_out, None, length, scale, 0.0, s_a, s_b, s_c, s_o, s_x, HV,
+            i_e, D=D, E=E, BD=BD, BE=BE, SR=SR, SC=SC, DECAY=DECAY, REVERSE=REVERSE, W=W, Z=Z, FLOOR=FLOOR,
         )  # fmt: skip
     else:
         sweep_chunks(
-            a, b, c, o, x, dot, g, w, u, s_in, s_out, z_in, z_out, None, None, length, scale, 0.0, s_a, s_b, s_c, s_o, s_x, HV,
-            i_e, D=D, E=E, BD=BD, BE=BE, BT=BT, SR=SR, SC=SC, DECAY=DECAY, REVERSE=REVERSE, W=W, Z=Z, OUTPUT=True,
-            EXACT=EXACT,
-            PRECISION=PRECISION, STAGES=STAGES,
+            a, b, c, o, x, dot, dot_c, g, w, u, skip, s_in, s_out, z_in, z_out, None, None, length, scale, 0.0, s_a, s_b, s_c, s_o, s_x,
+            HV, i_e, D=D, E=E, BD=BD, BE=BE, BT=BT, SR=SR, SC=SC, DECAY=DECAY, REVERSE=REVERSE, W=W, Z=Z, OUTPUT=True,
+            EXACT=EXACT, TMA=TMA, PRECISION=PRECISION, STAGES=STAGES,
         )  # fmt: skip
 
 
@@ -83,6 +85,7 @@ def sweep_backward(
     g,  # [HV, B * T] cumulative (TOKENS: [B, T, HV]) or [HV] constants or None
     w,  # [B, T, HV]: beta, or r with NORMALIZE, or None
     u,  # [B, T, HV]: -(do . o) with NORMALIZE, or None
+    skip,  # [HV] or None
     h0,  # [units, HV, K, V] state before each unit, or None
     z0,  # [units, HV, K] or None
     dS,  # [units, HV, K, V] gradient of the state after each unit, or None
@@ -95,7 +98,8 @@ def sweep_backward(
     dh0,  # [N, HV, K, V] or None
     dz0,  # [N, HV, K] or None
     dot_q,  # [NK, B, T, HV] row sums q . dq, or None
-    dot_v,  # [NV, B, T, HV] row sums v . dv before the weight, or None
+    dot_v,  # [NV, B, T, HV] row sums v . dv before weight and skip, or None
+    dot_skip,  # [NV, B, T, HV] row sums v . do, or None
     T,
     N,
     total,
@@ -120,6 +124,7 @@ def sweep_backward(
     TOKENS: tl.constexpr,
     EXACT: tl.constexpr,  # two terms per rounded operand in dq and dv, whose row sums make gate gradients
     SLICE: tl.constexpr,  # 0, 1, 2: this slice alone; -1: the second grid axis
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     EPS: tl.constexpr,
@@ -147,6 +152,7 @@ def sweep_backward(
         p_g = None if g is None else g + i_hv
     p_w = None if w is None else w + p_token
     p_u = None if u is None else u + p_token
+    b_skip = None if skip is None else tl.load(skip + i_hv).to(tl.float32)
     p_dS = None if dS is None else dS + o_state * V
     o_dot = p_token + tl.cast(i_e, tl.int64) * total * HV
     BETA: tl.constexpr = w is not None and not NORMALIZE
@@ -154,30 +160,32 @@ def sweep_backward(
         if i_e < NK:
             sweep(
                 p_do, p_v, p_k, dq + p_token * K, None if dot_q is None else p_q, None if dot_q is None else dot_q + o_dot,
-                p_g, p_w, p_u, None if h0 is None else h0 + o_state * V, None, None if z0 is None else z0 + o_state, None,
+                None, p_g, p_w, p_u, None, None if h0 is None else h0 + o_state * V, None, None if z0 is None else z0 + o_state, None,
                 length, scale, s_do, s_v, s_k, HV * K, s_q, HV, i_e,
                 D=V, E=K, BD=BV, BE=BE, BT=BT, SR=1, SC=V, DECAY=DECAY, REVERSE=False, W=1 if NORMALIZE else (2 if BETA else 0),
                 Z=2 if NORMALIZE else 0, EXACT=EXACT,
-                TOKENS=TOKENS, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
+                TOKENS=TOKENS, TMA=TMA, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
             )  # fmt: skip
     elif which == 1:
         if i_e < NK:
             sweep(
-                p_v, p_do, p_q, dk + p_token * K, None, None, p_g, p_w, p_u, p_dS, None, None if dz is None else dz + o_state,
-                None if dz0 is None else dz0 + o_state, length, scale, s_v, s_do, s_q, HV * K, 0, HV, i_e,
+                p_v, p_do, p_q, dk + p_token * K, None, None, None, p_g, p_w, p_u, None, p_dS, None,
+                None if dz is None else dz + o_state, None if dz0 is None else dz0 + o_state,
+                length, scale, s_v, s_do, s_q, HV * K, 0, HV, i_e,
                 D=V, E=K, BD=BV, BE=BE, BT=BT, SR=1, SC=V, DECAY=DECAY, REVERSE=True, W=2 if NORMALIZE else (1 if BETA else 0),
                 Z=3 if NORMALIZE else 0, EXACT=False,
-                TOKENS=TOKENS, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
+                TOKENS=TOKENS, TMA=TMA, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
             )  # fmt: skip
     else:
         if i_e < NV:
             sweep(
                 p_k, p_q, p_do, dv + p_token * V, None if dot_v is None else p_v, None if dot_v is None else dot_v + o_dot,
-                p_g, p_w, None, p_dS, None if dh0 is None else dh0 + o_state * V, None, None,
+                None if dot_skip is None else dot_skip + o_dot, p_g, p_w, None, b_skip,
+                p_dS, None if dh0 is None else dh0 + o_state * V, None, None,
                 length, scale, s_k, s_q, s_do, HV * V, s_v, HV, i_e,
                 D=K, E=V, BD=BK, BE=BE, BT=BT, SR=V, SC=1, DECAY=DECAY, REVERSE=True, W=2 if NORMALIZE else (1 if BETA else 0),
                 Z=0, EXACT=EXACT,
-                TOKENS=TOKENS, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
+                TOKENS=TOKENS, TMA=TMA, PRECISION=PRECISION, STAGES=STAGES, FLOOR=FLOOR,
             )  # fmt: skip
 
 
@@ -194,6 +202,7 @@ class Buffers:
         self.dz0 = c.q.new_empty((c.N, c.HV, c.K), dtype=f32) if states and o.normalize else None
         self.dot_q = c.q.new_empty((tiles(c.K, BE), c.B, c.T, c.HV), dtype=f32) if gates else None
         self.dot_v = c.q.new_empty((tiles(c.V, BE), c.B, c.T, c.HV), dtype=f32) if gates else None
+        self.dot_skip = None if c.skip is None else torch.empty_like(self.dot_v)
 
 
 def run_backward(
@@ -212,6 +221,7 @@ def run_backward(
     warps: int,
     stages: int,
     split: bool = False,  # one launch per slice
+    tma: bool = False,
     SEG: int = 0,
     units: int | None = None,
     offsets: torch.Tensor | None = None,
@@ -223,8 +233,8 @@ def run_backward(
     whole = SEG == 0
     blocks = (c.N if units is None else units) * c.HV * max(tiles(c.K, BE), tiles(c.V, BE))
     args = (
-        c.q, c.k, c.v, do, c.g, w, u, c.h0 if whole else h0, c.z0 if whole else z0, dS, dz, c.cu, offsets,
-        out.dq, out.dk, out.dv, out.dh0 if whole else None, out.dz0 if whole else None, out.dot_q, out.dot_v,
+        c.q, c.k, c.v, do, c.g, w, u, c.skip, c.h0 if whole else h0, c.z0 if whole else z0, dS, dz, c.cu, offsets,
+        out.dq, out.dk, out.dv, out.dh0 if whole else None, out.dz0 if whole else None, out.dot_q, out.dot_v, out.dot_skip,
         c.T, c.N, c.B * c.T, o.scale, c.s_q, c.s_k, c.s_v, s_do, SEG, c.H, c.HV,
     )  # fmt: skip
     same = {
@@ -236,6 +246,7 @@ def run_backward(
         "SEGMENTED": SEG > 0,
         "TOKENS": BT == 0,
         "EXACT": exact(c, o),
+        "TMA": tma,
         "STAGES": stages,
     }
     if split:

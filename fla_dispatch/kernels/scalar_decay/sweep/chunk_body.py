@@ -14,6 +14,102 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def chunk_row(p, stride, i_t, length, BT: tl.constexpr):
+    """Elements of chunk i_t of a vector over tokens; zero outside of [0, length)."""
+    t = i_t * BT + tl.arange(0, BT)
+    return tl.load(p + t.to(tl.int64) * stride, mask=(t >= 0) & (t < length), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def rows_of(p, length, stride, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """Rows [length, D] to read or write in tiles [BT, BD]: a tensor descriptor, or the pointer itself."""
+    if TMA:
+        return tl.make_tensor_descriptor(p, shape=[tl.maximum(length, 1), D], strides=[stride, 1], block_shape=[BT, BD])
+    else:
+        return p
+
+
+@triton.jit
+def load_tile(rows, length, stride, i_t, i_d, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """Tile [BT, BD] at chunk i_t and column tile i_d of `rows_of`; zero outside of them."""
+    if TMA:
+        return rows.load([i_t * BT, i_d * BD])
+    else:
+        o_t = tl.arange(0, BT)
+        o_d = i_d * BD + tl.arange(0, BD)
+        first = tl.cast(i_t * BT, tl.int64)
+        mask = (o_t < length - i_t * BT)[:, None] & (o_d < D)[None, :]
+        return tl.load(rows + first * stride + o_t[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(rows, b_o, length, stride, i_t, i_d, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """The other way round, in o's dtype; nothing outside of the rows is written."""
+    if TMA:
+        rows.store([i_t * BT, i_d * BD], b_o.to(rows.dtype))
+    else:
+        o_t = tl.arange(0, BT)
+        o_d = i_d * BD + tl.arange(0, BD)
+        first = tl.cast(i_t * BT, tl.int64)
+        mask = (o_t < length - i_t * BT)[:, None] & (o_d < D)[None, :]
+        tl.store(rows + first * stride + o_t[:, None] * stride + o_d[None, :], b_o.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_sums(p, b_y, b_x, m_t):
+    """Row sums y . x in float32 to the pointers p [BT]."""
+    tl.store(p, tl.sum(b_y.to(tl.float32) * b_x.to(tl.float32), 1), mask=m_t)
+
+
+@triton.jit
+def token_decays(b_G, total, m_p, REVERSE: tl.constexpr):
+    """From cumulative log2 decays of a chunk [BT] and their total: decays to each row, to the chunk's end, and M of (4)."""
+    if REVERSE:
+        to_row = tl.exp2(total - b_G)
+        to_end = tl.exp2(b_G)
+        rel = b_G[None, :] - b_G[:, None]
+    else:
+        to_row = tl.exp2(b_G)
+        to_end = tl.exp2(total - b_G)
+        rel = b_G[:, None] - b_G[None, :]
+    return to_row, to_end, tl.exp2(tl.where(m_p, rel, float("-inf")))
+
+
+@triton.jit
+def constant_decays(lg, o_f, n, m_t, BT: tl.constexpr, REVERSE: tl.constexpr):
+    """The same for one log2 decay per token and n tokens left, of which the chunk has at most BT: total, to each row, to the end."""
+    valid = tl.minimum(n, BT).to(tl.float32)
+    total = valid * lg
+    ahead = tl.exp2(o_f * lg)
+    behind = tl.exp2(tl.where(m_t, (valid - o_f) * lg, float("-inf")))
+    if REVERSE:
+        return total, behind, ahead
+    else:
+        return total, ahead, behind
+
+
+@triton.jit
+def from_state(b_a, b_s, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """a S with S rounded to a's dtype, [BT, BE]; EXACT: in two terms."""
+    b_h = b_s.to(b_a.dtype)
+    b_o = tl.dot(b_a, b_h, input_precision=PRECISION)
+    if EXACT:
+        b_o = tl.dot(b_a, (b_s - b_h.to(tl.float32)).to(b_a.dtype), b_o, input_precision=PRECISION)
+    return b_o
+
+
+@triton.jit
+def add_weighted(b_s, b_b, b_c, weigh, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """S + b^T diag(weigh) c with the weighted columns rounded to c's dtype; EXACT: in two terms."""
+    b_w32 = b_c.to(tl.float32) * weigh[:, None]
+    b_cw = b_w32.to(b_c.dtype)
+    b_s = tl.dot(tl.trans(b_b), b_cw, b_s, input_precision=PRECISION)
+    if EXACT:
+        b_s = tl.dot(tl.trans(b_b), (b_w32 - b_cw.to(tl.float32)).to(b_c.dtype), b_s, input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit
 def sweep_chunks(
     a,  # [T, D] rows, at the unit's first token and its head; None with OUTPUT off
     b,  # [T, D]
@@ -21,9 +117,11 @@ def sweep_chunks(
     o,  # [T, E] or None
     x,  # [T, E] to take row sums o . x with, or None
     dot,  # [T] float32 row sums, stride HV
+    dot_c,  # [T] float32 row sums c . x, stride HV, or None
     g,  # [T] cumulative log2 decays inside chunks (DECAY 2), or [1] log decay (DECAY 1)
     w,  # [T] float32 weights, stride HV, of rows (W 1) or columns (W 2)
     u,  # [T] float32, stride HV: the virtual ones column's partner (Z 2, 3, 4)
+    skip,  # weight of c itself in o, or None
     s_in,  # [D, E] initial state, strides SR and SC, or None
     s_out,  # [D, E] final state, or None
     z_in,  # [D] (Z 1, 4) or [E] (Z 2, 3) initial extra row, or None
@@ -53,6 +151,7 @@ def sweep_chunks(
     Z: tl.constexpr,  # 0 none, 1 normaliser over D, 2 extra row with u on rows, 3 with u on columns, 4 over D with u
     OUTPUT: tl.constexpr,
     EXACT: tl.constexpr,  # split every rounded operand into two terms: float32 sums of half-precision inputs
+    TMA: tl.constexpr,  # tiles by tensor descriptors; rows then begin at multiples of 16 bytes
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -73,10 +172,7 @@ def sweep_chunks(
         b_z = tl.zeros([BD if Z == 1 or Z == 4 else BE], tl.float32)
         if z_in is not None:
             b_z += tl.load(z_in + o_z, mask=m_z, other=0.0).to(tl.float32)
-    if REVERSE:
-        m_p = o_t[:, None] <= o_t[None, :]
-    else:
-        m_p = o_t[:, None] >= o_t[None, :]
+    m_p = (o_t[:, None] <= o_t[None, :]) if REVERSE else (o_t[:, None] >= o_t[None, :])
     if DECAY == 1:
         lg = tl.load(g).to(tl.float32) * LOG2E
         rel = (o_t[None, :] - o_t[:, None]) if REVERSE else (o_t[:, None] - o_t[None, :])
@@ -84,48 +180,49 @@ def sweep_chunks(
         o_f = (o_t + 1).to(tl.float32)
     unit_decay = 0.0
     NT = tl.cdiv(length, BT)
-    if DECAY == 2:  # a chunk's whole decay is loaded one chunk ahead: a scalar load would stall the loop
-        ahead_t = (NT - 1) * BT if REVERSE else NT * 0
-        ahead_total = tl.load(g + tl.minimum(ahead_t + BT, length) - 1, mask=length > 0, other=0.0)
+    rows_b = rows_of(b, length, s_b, D, BT, BD, TMA)
+    rows_c = rows_of(c, length, s_c, E, BT, BE, TMA)
+    if OUTPUT:
+        rows_a = rows_of(a, length, s_a, D, BT, BD, TMA)
+        rows_o = rows_of(o, length, s_o, E, BT, BE, TMA)
+    if x is not None:
+        rows_x = rows_of(x, length, s_x, E, BT, BE, TMA)
+    if DECAY == 2:  # gates and weights come one chunk ahead: the compiler pipelines tiles alone, and a load in place stalls the loop
+        i_n = (NT - 1) if REVERSE else NT * 0
+        next_G = chunk_row(g, 1, i_n, length, BT)
+        next_total = tl.load(g + tl.minimum(i_n * BT + BT, length) - 1, mask=length > 0, other=0.0)
+        if W != 0:
+            next_w = chunk_row(w, HV, i_n, length, BT)
     for i in tl.range(0, NT, num_stages=STAGES):
         i_t = (NT - 1 - i) if REVERSE else i
         n = length - i_t * BT
         m_t = o_t < n
         first = tl.cast(i_t * BT, tl.int64)
-        b_b = tl.load(b + first * s_b + o_t[:, None] * s_b + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)  # [BT, BD]
-        b_c = tl.load(c + first * s_c + o_t[:, None] * s_c + o_e[None, :], mask=m_t[:, None] & m_e[None, :], other=0.0)  # [BT, BE]
+        b_b = load_tile(rows_b, length, s_b, i_t, 0, D, BT, BD, TMA)
+        i_n = (i_t - 1) if REVERSE else (i_t + 1)
         if W != 0:
-            b_w = tl.load(w + (first + o_t) * HV, mask=m_t, other=0.0).to(tl.float32)
+            if DECAY == 2:
+                b_w = next_w
+                next_w = chunk_row(w, HV, i_n, length, BT)
+            else:
+                b_w = chunk_row(w, HV, i_t, length, BT)
         if Z >= 2:
-            b_u = tl.load(u + (first + o_t) * HV, mask=m_t, other=0.0)
+            b_u = chunk_row(u, HV, i_t, length, BT)
         # decays: to_row carries the incoming state to each row, to_end carries each column to the chunk's last boundary
         if DECAY == 2:
-            total = ahead_total
-            ahead_t = (i_t - 1 if REVERSE else i_t + 1) * BT
-            inside = (ahead_t >= 0) & (ahead_t < length)
-            ahead_total = tl.load(g + tl.minimum(ahead_t + BT, length) - 1, mask=inside, other=0.0)
-            b_G = tl.load(g + first + o_t, mask=m_t, other=float("-inf"))
-            b_G = tl.where(m_t, b_G, total)  # unused rows decay no further
-            if REVERSE:
-                to_row = tl.exp2(total - b_G)
-                to_end = tl.exp2(b_G)
-                rel = b_G[None, :] - b_G[:, None]
-            else:
-                to_row = tl.exp2(b_G)
-                to_end = tl.exp2(total - b_G)
-                rel = b_G[:, None] - b_G[None, :]
-            b_m = tl.exp2(tl.where(m_p, rel, float("-inf")))
+            total = next_total
+            b_G = tl.where(m_t, next_G, total)  # unused rows decay no further
+            next_G = chunk_row(g, 1, i_n, length, BT)
+            next_total = tl.load(g + tl.minimum(i_n * BT + BT, length) - 1, mask=(i_n >= 0) & (i_n < NT), other=0.0)
+            to_row, to_end, b_m = token_decays(b_G, total, m_p, REVERSE)
         elif DECAY == 1:
-            valid = tl.minimum(n, BT).to(tl.float32)
-            total = valid * lg
-            ahead = tl.exp2(o_f * lg)
-            behind = tl.exp2(tl.where(m_t, (valid - o_f) * lg, float("-inf")))
-            to_row = behind if REVERSE else ahead
-            to_end = ahead if REVERSE else behind
+            total, to_row, to_end = constant_decays(lg, o_f, n, m_t, BT, REVERSE)
         if DECAY != 0 and g_out is not None:
             unit_decay += total
         if OUTPUT:
-            b_a = tl.load(a + first * s_a + o_t[:, None] * s_a + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)
+            b_a = load_tile(rows_a, length, s_a, i_t, 0, D, BT, BD, TMA)
+            if EXACT:  # before P, whose registers two terms of the state would spill
+                b_o = from_state(b_a, b_s, EXACT, PRECISION)
             b_p = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)  # [BT, BT]
             if Z == 2:
                 b_p += b_u[:, None]
@@ -139,10 +236,9 @@ def sweep_chunks(
                 b_p *= b_w[None, :]
             if REVERSE:
                 b_p *= scale
-            b_h = b_s.to(b_a.dtype)
-            b_o = tl.dot(b_a, b_h, input_precision=PRECISION)  # [BT, BE]
-            if EXACT:
-                b_o = tl.dot(b_a, (b_s - b_h.to(tl.float32)).to(b_a.dtype), b_o, input_precision=PRECISION)
+            b_c = load_tile(rows_c, length, s_c, i_t, i_e, E, BT, BE, TMA)  # not before P, beside which it would spill
+            if not EXACT:
+                b_o = from_state(b_a, b_s, EXACT, PRECISION)
             if DECAY != 0:
                 b_o *= to_row[:, None]
             b_ph = b_p.to(b_c.dtype)
@@ -168,11 +264,15 @@ def sweep_chunks(
             if W == 1:
                 b_o *= b_w[:, None]
             if x is not None:  # reversed: before the row weight, because the sum is then the gradient of the weight
-                b_x = tl.load(x + first * s_x + o_t[:, None] * s_x + o_e[None, :], mask=m_t[:, None] & m_e[None, :], other=0.0)
-                b_sum = tl.sum((b_raw if REVERSE else b_o) * b_x.to(tl.float32), 1)
-                tl.store(dot + (first + o_t) * HV, b_sum, mask=m_t)
-            p_o = o + first * s_o + o_t[:, None] * s_o + o_e[None, :]
-            tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_t[:, None] & m_e[None, :])
+                b_x = load_tile(rows_x, length, s_x, i_t, i_e, E, BT, BE, TMA)
+                store_sums(dot + (first + o_t) * HV, b_raw if REVERSE else b_o, b_x, m_t)
+                if dot_c is not None:
+                    store_sums(dot_c + (first + o_t) * HV, b_c, b_x, m_t)
+            if skip is not None:  # (2) and (8): after scale and weights, which are the scan's
+                b_o += skip * b_c.to(tl.float32)
+            store_tile(rows_o, b_o, length, s_o, i_t, i_e, E, BT, BE, TMA)
+        else:
+            b_c = load_tile(rows_c, length, s_c, i_t, i_e, E, BT, BE, TMA)
         # (7)
         if DECAY != 0:
             b_s *= tl.exp2(total)
@@ -185,11 +285,7 @@ def sweep_chunks(
             if REVERSE:
                 weigh *= scale
         if W == 2 or DECAY != 0 or REVERSE:
-            b_w32 = b_c.to(tl.float32) * weigh[:, None]
-            b_cw = b_w32.to(b_c.dtype)
-            b_s = tl.dot(tl.trans(b_b), b_cw, b_s, input_precision=PRECISION)
-            if EXACT:
-                b_s = tl.dot(tl.trans(b_b), (b_w32 - b_cw.to(tl.float32)).to(b_c.dtype), b_s, input_precision=PRECISION)
+            b_s = add_weighted(b_s, b_b, b_c, weigh, EXACT, PRECISION)
         else:
             b_s = tl.dot(tl.trans(b_b), b_c, b_s, input_precision=PRECISION)
         if Z != 0:

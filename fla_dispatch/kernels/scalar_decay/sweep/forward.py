@@ -25,6 +25,7 @@ def sweep_forward(
     v,  # [B, T, HV, V], token stride s_v
     g,  # [HV, B * T] cumulative (TOKENS: [B, T, HV]) or [HV] constants or None
     beta,  # [B, T, HV] or None
+    skip,  # [HV] or None
     h0,  # [units, HV, K, V] or None
     z0,  # [units, HV, K] or None
     cu,  # [N + 1] or None
@@ -53,6 +54,7 @@ def sweep_forward(
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
     TOKENS: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     EPS: tl.constexpr,
@@ -77,19 +79,21 @@ def sweep_forward(
     p_z0 = None if z0 is None else z0 + o_state
     p_z = None if z is None else z + o_state
     p_r = None if weight is None else weight + p_token
+    b_skip = None if skip is None else tl.load(skip + i_hv).to(tl.float32)
     if TOKENS:
         sweep_tokens(
             q + begin * s_q + i_h * K, k + begin * s_k + i_h * K, v + begin * s_v + i_hv * V, o + p_token * V, None, None,
-            p_g, p_w, None, p_h0, p_state, p_z0, p_z, p_r, length, scale, EPS, s_q, s_k, s_v, HV * V, 0, HV, i_v,
+            None, p_g, p_w, None, b_skip, p_h0, p_state, p_z0, p_z, p_r, length, scale, EPS, s_q, s_k, s_v, HV * V, 0, HV, i_v,
             D=K, E=V, BD=BK, BE=BV, SR=V, SC=1, DECAY=DECAY, REVERSE=False, W=0 if beta is None else 2,
             Z=1 if NORMALIZE else 0, FLOOR=FLOOR,
         )  # fmt: skip
     else:
         sweep_chunks(
             q + begin * s_q + i_h * K, k + begin * s_k + i_h * K, v + begin * s_v + i_hv * V, o + p_token * V, None, None,
-            p_g, p_w, None, p_h0, p_state, p_z0, p_z, p_r, None, length, scale, EPS, s_q, s_k, s_v, HV * V, 0, HV, i_v,
+            None, p_g, p_w, None, b_skip, p_h0, p_state, p_z0, p_z, p_r, None, length, scale, EPS, s_q, s_k, s_v, HV * V, 0, HV, i_v,
             D=K, E=V, BD=BK, BE=BV, BT=BT, SR=V, SC=1, DECAY=DECAY, REVERSE=False, W=0 if beta is None else 2,
-            Z=1 if NORMALIZE else 0, OUTPUT=True, EXACT=False, PRECISION=PRECISION, STAGES=STAGES,
+            Z=1 if NORMALIZE else 0, OUTPUT=True, EXACT=False, TMA=TMA, PRECISION=PRECISION,
+            STAGES=STAGES,
         )  # fmt: skip
 
 
@@ -102,6 +106,7 @@ def run_forward(
     BE: int,
     warps: int,
     stages: int,
+    tma: bool = False,
     SEG: int = 0,
     units: int | None = None,
     offsets: torch.Tensor | None = None,
@@ -116,11 +121,11 @@ def run_forward(
         sweep_forward,
         ((c.N if units is None else units) * c.HV * tiles(c.V, BV),),
         (
-            c.q, c.k, c.v, c.g, c.beta, c.h0 if whole else h0, c.z0 if whole else z0, c.cu, offsets, out.o,
+            c.q, c.k, c.v, c.g, c.beta, c.skip, c.h0 if whole else h0, c.z0 if whole else z0, c.cu, offsets, out.o,
             out.state if final else None, out.z if final and o.normalize else None, out.weight if o.normalize else None,
             c.T, c.N, c.B * c.T, o.scale, c.s_q, c.s_k, c.s_v, SEG, c.H, c.HV,
         ),
-        {**constants(c, o), "BK": BK, "BV": BV, "BT": BT, "SEGMENTED": SEG > 0, "TOKENS": BT == 0, "STAGES": stages},
+        {**constants(c, o), "BK": BK, "BV": BV, "BT": BT, "SEGMENTED": SEG > 0, "TOKENS": BT == 0, "TMA": tma, "STAGES": stages},
         warps,
         stages,
     )  # fmt: skip

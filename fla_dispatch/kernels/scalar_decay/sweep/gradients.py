@@ -26,9 +26,9 @@ class Arriving(NamedTuple):
     dz: torch.Tensor | None  # [N, HV, K] float32
 
 
-def arriving(c: Call, residuals: Residuals, grads: OutputGrads, o: Options) -> Arriving:
+def arriving(c: Call, residuals: Residuals, grads: OutputGrads, o: Options, tma: bool = False) -> Arriving:
     t = residuals.tensors
-    do, s_do = token_rows(torch.zeros_like(t.v) if grads.o is None else grads.o.to(t.v.dtype))
+    do, s_do = token_rows(torch.zeros_like(t.v) if grads.o is None else grads.o.to(t.v.dtype), tma)
     dS = None if grads.state is None else grads.state.contiguous()
     dz = None if grads.z is None else grads.z.contiguous()
     w, u = c.beta, None
@@ -39,7 +39,7 @@ def arriving(c: Call, residuals: Residuals, grads: OutputGrads, o: Options) -> A
 
 
 def leaving(c: Call, residuals: Residuals, out: Buffers, wanted: tuple[bool, ...]) -> Gradients:
-    """Group sums in float32, gate gradients from row sums, and None for what is not wanted."""
+    """Group sums in float32, gradients of gates and skip from row sums, and None for what is not wanted."""
     t = residuals.tensors
     want = Gradients(*wanted)
     dg = dbeta = None
@@ -55,6 +55,7 @@ def leaving(c: Call, residuals: Residuals, out: Buffers, wanted: tuple[bool, ...
         v=out.dv if want.v else None,
         g=dg,
         beta=dbeta,
+        skip=out.dot_skip.sum((0, 1, 2)).to(t.skip.dtype) if want.skip else None,
         h0=out.dh0 if want.h0 else None,
         z0=out.dz0 if want.z0 else None,
     )

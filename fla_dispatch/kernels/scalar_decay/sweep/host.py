@@ -22,6 +22,7 @@ class Call(NamedTuple):
     v: torch.Tensor
     g: torch.Tensor | None
     beta: torch.Tensor | None
+    skip: torch.Tensor | None
     h0: torch.Tensor | None
     z0: torch.Tensor | None
     cu: torch.Tensor | None
@@ -37,11 +38,15 @@ class Call(NamedTuple):
     N: int
 
 
-def prepare(t: Tensors, o: Options, BT: int) -> Call:
-    """Kernel layout of a call with chunks of BT tokens (0: token by token); copies only what is not laid out in token rows."""
-    q, s_q = token_rows(t.q)
-    k, s_k = token_rows(t.k)
-    v, s_v = token_rows(t.v)
+def prepare(t: Tensors, o: Options, BT: int, tma: bool = False) -> Call:
+    """Kernel layout of a call with chunks of BT tokens (0: token by token); copies only what is not laid out in token rows.
+
+    tma: also what does not begin at multiples of 16 bytes, as tensor descriptors want.
+    """
+    assert t.skip is None or (t.beta is not None and not o.normalize), "skip comes with beta, whose row sums its gradient shares"
+    q, s_q = token_rows(t.q, tma)
+    k, s_k = token_rows(t.k, tma)
+    v, s_v = token_rows(t.v, tma)
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     if t.g is not None:
@@ -49,8 +54,8 @@ def prepare(t: Tensors, o: Options, BT: int) -> Call:
         g = run_gates(g, t.cu, sequences(t), BT) if BT else g
     else:
         g = None if o.decay == "none" else log_decay(o.decay, o.rate, HV, q.device)
-    h0, z0, beta = (None if x is None else x.contiguous() for x in (t.h0, t.z0, t.beta))
-    return Call(q, k, v, g, beta, h0, z0, t.cu, s_q, s_k, s_v, B, T, H, HV, K, V, sequences(t))
+    h0, z0, beta, skip = (None if x is None else x.contiguous() for x in (t.h0, t.z0, t.beta, t.skip))
+    return Call(q, k, v, g, beta, skip, h0, z0, t.cu, s_q, s_k, s_v, B, T, H, HV, K, V, sequences(t))
 
 
 def constants(c: Call, o: Options) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def segment_states(
     PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
     EXACT: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     EPS: tl.constexpr,
@@ -68,12 +69,13 @@ def segment_states(
     else:
         p_g = None if g is None else g + i_hv
     sweep_chunks(
-        None, b + begin * s_b + i_h * K, c + begin * s_c + i_hv * V, None, None, None,
+        None, b + begin * s_b + i_h * K, c + begin * s_c + i_hv * V, None, None, None, None,
         p_g, None if w is None else w + p_token,
-        None if u is None else u + p_token, None, states + o_state * V, None, None if z is None else z + o_state, None,
+        None if u is None else u + p_token, None, None, states + o_state * V, None, None if z is None else z + o_state, None,
         None if decays is None else decays + i_uh, length, scale, EPS, 0, s_b, s_c, 0, 0, HV, i_v,
         D=K, E=V, BD=BK, BE=BV, BT=BT, SR=V, SC=1, DECAY=DECAY, REVERSE=REVERSE, W=0 if w is None else 2,
-        Z=(4 if REVERSE else 1) if NORMALIZE else 0, OUTPUT=False, EXACT=EXACT, PRECISION=PRECISION, STAGES=STAGES,
+        Z=(4 if REVERSE else 1) if NORMALIZE else 0, OUTPUT=False, EXACT=EXACT, TMA=TMA, PRECISION=PRECISION,
+        STAGES=STAGES,
     )  # fmt: skip
 
 
@@ -103,6 +105,7 @@ def run_segments(
     BE: int,
     warps: int,
     stages: int,
+    tma: bool,
     SEG: int,
     units: int,
     offsets: torch.Tensor | None,
@@ -124,6 +127,7 @@ def run_segments(
             "SEGMENTED": True,
             "REVERSE": reverse,
             "EXACT": exact,
+            "TMA": tma,
             "STAGES": stages,
         },
         warps,

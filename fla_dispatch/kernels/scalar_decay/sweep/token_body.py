@@ -18,9 +18,11 @@ def sweep_tokens(
     o,  # [T, E]
     x,  # [T, E] or None
     dot,  # [T] float32, stride HV
+    dot_c,  # [T] float32, stride HV, or None
     g,  # [T], stride HV (DECAY 2), or [1] (DECAY 1)
     w,  # [T] float32, stride HV
     u,  # [T] float32, stride HV
+    skip,  # a number or None
     s_in,  # [D, E] or None
     s_out,  # [D, E] or None
     z_in,  # [D] or [E], or None
@@ -108,11 +110,15 @@ def sweep_tokens(
         if REVERSE and x is not None:
             b_x = tl.load(x + t * s_x + o_e, mask=m_e, other=0.0).to(tl.float32)
             tl.store(dot + t * HV, tl.sum(b_o * b_x, 0))
+            if dot_c is not None:
+                tl.store(dot_c + t * HV, tl.sum(b_c * b_x, 0))
         if W == 1:
             b_o *= b_w
         if (not REVERSE) and x is not None:
             b_x = tl.load(x + t * s_x + o_e, mask=m_e, other=0.0).to(tl.float32)
             tl.store(dot + t * HV, tl.sum(b_o * b_x, 0))
+        if skip is not None:
+            b_o += skip * b_c
         tl.store(o + t * s_o + o_e, b_o.to(o.dtype.element_ty), mask=m_e)
         if DECAY != 0 and REVERSE:
             b_s *= decay
