@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -104,3 +106,28 @@ def test_the_interpreter_is_always_called(kernel: Kernel, monkeypatch: pytest.Mo
 def test_an_empty_grid_launches_nothing(kernel: Kernel) -> None:
     launch(kernel, (5, 0), (X, None, 16, 7), CONSTANTS, 4, 3)
     assert not kernel.slow
+
+
+def test_a_kernel_has_one_name_on_disk_whichever_runs_first() -> None:
+    """Else a warmed-up process finds nothing of what another has compiled."""
+    code = """
+import sys
+from fla_dispatch import registry
+from fla_dispatch.kernels._shared.launch import settle
+registry.load_rooms()
+for name in registry.recurrence_names():
+    for variant in registry.get_recurrence(name).variants:
+        variant.load()
+modules = [m for name, m in sorted(sys.modules.items()) if name.startswith("fla_dispatch.kernels")]
+kernels = list({id(x): x for m in modules for x in vars(m).values() if hasattr(x, "used_global_vals")}.values())
+assert len(kernels) > 10
+kernels%s
+for kernel in kernels:
+    settle(kernel)
+print(*sorted(f"{k.__module__}.{k.__name__}={k.cache_key}" for k in kernels))
+"""
+    found = [
+        subprocess.run([sys.executable, "-c", code % order], capture_output=True, text=True, check=True, timeout=120).stdout
+        for order in ("", ".reverse()")
+    ]
+    assert found[0] == found[1] != ""

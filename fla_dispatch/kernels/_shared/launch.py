@@ -52,8 +52,31 @@ class _Layout(NamedTuple):
     free: tuple[int, ...]
 
 
+#: Kernels by identity, each settled once: Triton would compute the name of a kernel to hash it.
+_kernels: dict[int, Any] = {}
+
+
+def settle(kernel: Any) -> int:
+    """The kernel's number here. Triton names its callees before the kernel, so that its binary has one name on disk in every process.
+
+    That name covers the constants that callees read only where the callees were named earlier: left alone, it depends on which
+    kernel a process runs first, and another process compiles anew what is on disk.
+    """
+    number = id(kernel)
+    if number not in _kernels:
+        _kernels[number] = kernel
+        if hasattr(kernel, "used_global_vals"):  # the interpreter's functions have none, and are not compiled
+            for name in kernel.fn.__code__.co_names:
+                callee = kernel.fn.__globals__.get(name)
+                if hasattr(callee, "used_global_vals"):
+                    settle(callee)
+            kernel.cache_key  # noqa: B018  named when read
+    return number
+
+
 @functools.cache
-def _layout(kernel: Any, types: tuple[type, ...]) -> _Layout:
+def _layout(number: int, types: tuple[type, ...]) -> _Layout:
+    kernel = _kernels[number]
     ints = [i for i, t in enumerate(types) if issubclass(t, int)]
     free = {i for i in ints if kernel.params[i].do_not_specialize}
     tensors = tuple(i for i, t in enumerate(types) if issubclass(t, torch.Tensor))
@@ -71,8 +94,8 @@ def _key(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], warps: i
     """
     if not hasattr(kernel, "params"):  # the interpreter compiles nothing
         return None
-    types = tuple(map(type, args))
-    at = _layout(kernel, types)
+    number, types = settle(kernel), tuple(map(type, args))
+    at = _layout(number, types)
     bits = 0
     dtypes = []
     for i in at.tensors:
@@ -86,7 +109,7 @@ def _key(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], warps: i
         wide |= args[i]
     if bits & 15 or wide >> 31:
         return None
-    return (kernel, args[0].device, warps, stages, types, *dtypes, *constants, *constants.values())
+    return (number, args[0].device, warps, stages, types, *dtypes, *constants, *constants.values())
 
 
 def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from triton.runtime import driver
 
 from .ahead import launch_key, target
-from .launch import Launch, record
+from .launch import Launch, record, settle
 
 __all__ = ["compile_for", "compile_launch", "launch_key", "record"]
 
@@ -39,6 +39,7 @@ def compile_for(arch: str) -> None:
 
 def compile_launch(launch: Launch) -> int:
     """Compile one recorded launch with the options of `launch.launch`; returns its bytes of shared memory."""
+    settle(launch.kernel)
     made = launch.kernel.warmup(
         *launch.args, grid=launch.grid, **launch.constants, num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True
     )
