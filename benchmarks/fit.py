@@ -60,16 +60,15 @@ class Sample(NamedTuple):
 
 
 def samples(root: pathlib.Path | None, device: str, regime: str) -> list[Sample]:
-    """All timed outcomes of Triton variants, as the code was when their record was made. Fields that a config lacks are its defaults."""
+    """All timed outcomes of Triton variants, of the kernels as they are now. Fields that a config lacks are its defaults."""
     store, here = stores.Store(None, (), root or stores.SHIPPED), hypothetical(device)
     found = []
     for i, hit in enumerate(store.records(recurrence="scalar_decay")):
         if hit.environment.regime != regime or f"@{device}?" not in hit.record.key:
             continue
         key, backward = parse_key(hit.record.key, here), hit.record.direction == "backward"
-        for o in hit.record.outcomes:
-            current = hit.record.kernels.get(o.variant) in (None, o.kernel_hash)
-            if o.status == "ok" and o.timing is not None and current and o.variant in CONFIGS:
+        for o in regret.current(hit.record):
+            if regret.measured(o, 2) and o.timing is not None and o.variant in CONFIGS:
                 config = CONFIGS[o.variant](**(o.config or {}))
                 text = f"{hit.record.direction} {hit.record.key}"
                 found.append(Sample(i, text, key, o.variant, config, costs.shape(key, config, backward), o.timing.median_us))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.regret [--worst 12] [--root DIR]
 
-Regret of a record: median of what the estimate chooses over the least median of what passed. A choice that was not timed is
+Regret of a record: median of what the estimate chooses over the least median of what passed. A choice without a timing is
 counted apart ("untimed"): the tuner times the candidates that are estimated best.
 """
 
@@ -17,12 +17,13 @@ from fla_dispatch import registry
 from fla_dispatch.device import DeviceProfile, hypothetical
 from fla_dispatch.tuning import store as stores
 from fla_dispatch.tuning.candidates import field
+from fla_dispatch.tuning.hashing import kernel_hash
 from fla_dispatch.tuning.keys import parse_key
-from fla_dispatch.tuning.records import Record
+from fla_dispatch.tuning.records import Outcome, Record
 
 
 class Regret(NamedTuple):
-    """One record: ratio of the estimate's choice to the best (None: that choice was not timed), and both as fingerprints."""
+    """One record: ratio of the estimate's choice to the best (None: that choice has no timing), and both as fingerprints."""
 
     ratio: float | None
     direction: str
@@ -32,9 +33,24 @@ class Regret(NamedTuple):
     best_us: float
 
 
+def current(record: Record) -> tuple[Outcome, ...]:
+    """The outcomes of the kernels as they are now; a record keeps those of earlier code as history."""
+    variants = {v.name: v for v in registry.get_recurrence(record.recurrence).variants}
+    return tuple(o for o in record.outcomes if o.variant in variants and o.kernel_hash == kernel_hash(variants[o.variant]))
+
+
+#: Samples that make a timing: contenders that leave the race earlier have fewer, and one stall of the host spoils them.
+ENOUGH = 3
+
+
+def measured(o: Outcome, rounds: int = ENOUGH) -> bool:
+    """Whether there is a timing of so many samples."""
+    return o.status == "ok" and o.timing is not None and o.timing.rounds >= rounds
+
+
 def regret(record: Record, device: DeviceProfile) -> Regret | None:
     """None for a record in which nothing passed."""
-    timed = {o.fingerprint: o.timing.median_us for o in record.outcomes if o.status == "ok" and o.timing is not None}
+    timed = {o.fingerprint: o.timing.median_us for o in current(record) if measured(o)}
     if not timed:
         return None
     recurrence = registry.get_recurrence(record.recurrence)

@@ -22,14 +22,17 @@ from fla_dispatch.tuning.keys import parse_key
 from fla_dispatch.tuning.packs import write_packs
 from fla_dispatch.tuning.records import Record
 
+from .regret import current
+
 FASTEST = 3
 
 
 def trimmed(record: Record, known: Field) -> Record:
-    timed = sorted((o for o in record.outcomes if o.timing is not None), key=lambda o: o.timing.median_us if o.timing else 0.0)
+    outcomes = current(record)
+    timed = sorted((o for o in outcomes if o.timing is not None), key=lambda o: o.timing.median_us if o.timing else 0.0)
     keep = {o.fingerprint for o in timed[:FASTEST]} | {known.default, record.default}
     keep |= {record.choice.fingerprint} if record.choice is not None else set()
-    return record.model_copy(update={"outcomes": tuple(o for o in record.outcomes if o.fingerprint in keep), "origin": "shipped"})
+    return record.model_copy(update={"outcomes": tuple(o for o in outcomes if o.fingerprint in keep), "origin": "shipped"})
 
 
 def shippable(store: stores.Store, left_out: collections.Counter[str]) -> Iterator[stores.Found]:

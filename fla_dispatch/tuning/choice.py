@@ -22,9 +22,12 @@ _VERDICTS = ("wrong", "racy", "crash", "ok", "compile_error", "timeout", "oom")
 
 
 def _preference(o: Outcome) -> tuple[object, ...]:
-    """Total order of outcomes of one candidate and code: the verdict, then the quieter timing, then its text."""
+    """Total order of outcomes of one candidate and code: the verdict, then the quieter timing, then its text.
+
+    A timing of fewer than three samples says nothing of its noise, so it comes after those that do.
+    """
     t = o.timing
-    noise = (1, 0.0, 0, 0.0) if t is None else (0, t.mad_us / t.median_us if t.median_us else 0.0, -t.rounds, t.median_us)
+    noise = (2, 0.0, 0, 0.0) if t is None else (int(t.rounds < 3), t.mad_us / t.median_us if t.median_us else 0.0, -t.rounds, t.median_us)
     return (_VERDICTS.index(o.status), *noise, o.canonical)
 
 

@@ -330,10 +330,11 @@ sweep_cost, chunk_cost, recurrent_cost = (functools.partial(_triton, f"{name}_tr
 def torch_cost(p: Problem, config: Any, direction: Direction) -> float:
     every, sweeps = tokens(p), 3 if direction.backward else 1
     steps = p.T / config.C + (p.N if p.packed else 0)
+    states = every / config.C + p.BH
     return torch_seconds(
         p.device,
         flops=sweeps * every * 4 * (p.K * p.V + config.C * (p.K + p.V) / 2),
-        bytes_moved=sweeps * every * 4 * (6 * (p.K + p.V) + 6 * config.C),
+        bytes_moved=sweeps * 4 * 6 * (every * (p.K + p.V + config.C) + states * p.K * p.V),
         operations=30 * sweeps + 8 * sweeps * steps,
     )
 
