@@ -14,24 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from memory import WAYS, Layout, packed
 
 from benchmarks import bounds
 from fla_dispatch import registry
 from fla_dispatch.device import hypothetical
 from fla_dispatch.kernels._shared import launch
-from fla_dispatch.kernels.scalar_decay.cases import Inputs, Sizes, make_inputs
+from fla_dispatch.kernels.scalar_decay.cases import Sizes, make_inputs
 
 ROOM = registry.get_recurrence("scalar_decay")
 TRITON = [v for v in ROOM.variants if v.language == "triton"]
-WAYS = [("retention", ()), ("linear_attn", (("normalize", True),)), ("simple_gla", ()), ("mamba2", ())]
-PACK = (300, 0, 1, 700, 535)
-
-
-def make(op: str, options: tuple[tuple[str, Any], ...], D: int, lengths: tuple[int, ...] | None, dtype: torch.dtype) -> Inputs:
-    B, T = (1, sum(lengths)) if lengths else (2, 1024)
-    sizes = Sizes(B, T, 1, 2, 128, D) if op == "mamba2" else Sizes(B, T, 2, 2, D, D)
-    made = make_inputs(op, sizes, dtype, options=options, lengths=lengths)
-    return made.replaced({name: x.detach().requires_grad_() for name, x in made.leaves().items()})
+LAYOUTS = {"dense": Layout(2, 1024, 2), "packed": packed((300, 0, 1, 700, 535), 2)}
 
 
 def peak(call: Callable[[], object], to: Path) -> int:
@@ -66,14 +59,14 @@ class Trained(torch.autograd.Function):
         return (None,) * 4 + tuple(found) + (None,) * (len(ctx.needs_input_grad) - 4 - len(found))
 
 
-@pytest.mark.parametrize("lengths", [None, PACK], ids=["dense", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize(("op", "options"), WAYS, ids=str)
 def test_host_code_stays_within_the_bound(
-    op: str, options: tuple[tuple[str, Any], ...], D: int, lengths: tuple[int, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    op: str, options: tuple[tuple[str, Any], ...], D: int, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "_recorded", collections.deque(maxlen=0))  # launches are neither run nor kept
-    x = make(op, options, D, lengths, torch.bfloat16)
+    x = LAYOUTS[layout].make(op, D, "cpu", options=options)
     low = registry.get_op(op).contract(*x.args, **x.kwargs)
     most, leaves, do = sum(bounds.training_bytes(op, x).values()), list(x.leaves().values()), torch.ones_like(low.tensors.v)
     key = dataclasses.replace(ROOM.problem(low.tensors, low.options, True), device=hypothetical("sm90"))
