@@ -132,7 +132,7 @@ def test_plot_is_the_same_each_time_and_needs_all_points(tmp_path: Path) -> None
         plot.draw(content, tmp_path / name)
     drawn = (tmp_path / "a.svg").read_bytes()
     assert drawn == (tmp_path / "b.svg").read_bytes() and len(drawn) < 60_000
-    assert all(label.encode() in drawn for label, _ in plot.LABELS.values())
+    assert all(label.encode() in drawn for label, _, _ in plot.LABELS.values())
     with pytest.raises(SystemExit):
         plot.draw({"rows": rows()[-1:]}, tmp_path / "c.svg")
     assert plot.apart([1.0, 1.1, 9.0], 1.5) == [1.0, 1.5, 9.0]
