@@ -36,10 +36,10 @@ def child(library: str, op: str, backward: bool, no_jit: bool, shape: tuple[int,
     import fla_dispatch as fd
     from fla_dispatch.testing import assert_no_jit
 
-    from .peer_cells import Case, inputs_of
+    from .peer_cells import Case, inputs_of, training
     from .peer_cells import library as call_of
 
-    call, x = call_of(library, Case(op, shape)), inputs_of(Case(op, shape), device)
+    call, x = call_of(library, Case(op, shape)), training(inputs_of(Case(op, shape), device))
     do, leaves = torch.randn_like(x.args[2]), list(x.leaves().values())
     sync = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     seconds = []

@@ -1,7 +1,8 @@
 """What one cell of benchmarks.peers measures: one case with one library, in a process that may die without harm to the others.
 
-Libraries: ours (mode auto), fla (flash-linear-attention's chunk op, or fused_recurrent in decoding) and PyTorch's causal SDPA with
-one backend, which computes another function (softmax) of tensors of the same shape.
+Libraries: ours (mode auto), ours_step (in decoding: the op that updates a pool of states in place), fla (flash-linear-attention's chunk
+op, or fused_recurrent in decoding) and PyTorch's causal SDPA with one backend, which computes another function (softmax) of tensors of
+the same shape.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import OutOfResources
 
 import fla_dispatch as fd
-from fla_dispatch.kernels.scalar_decay.cases import Inputs, Sizes, gate_gradient_scale, make_inputs
+from fla_dispatch.kernels.scalar_decay.cases import Inputs, Sizes, gradient_scales, make_inputs
+from fla_dispatch.kernels.scalar_step.cases import make_slots
 
+from .bounds import floor_bytes, training_bytes
 from .common import eager_ms, graph_ms
 from .scalar_decay import OPS
 
@@ -35,15 +38,40 @@ SHORT, TINY = 300, 64  # tokens of the copies that errors and host times are tak
 
 
 class Case(NamedTuple):
-    """A row: op as benchmarks.scalar_decay labels it, (B, T, H, D), and whether it is a step with states in and out."""
+    """A row: op as benchmarks.scalar_decay labels it, (B, T, H, D), and whether it is a step with states in and out.
+
+    state: K where it is not D, as mamba2's state size N; B and C of mamba2 have one group.
+    """
 
     op: str
     shape: tuple[int, int, int, int]
     decode: bool = False
+    state: int = 0
 
     @property
     def text(self) -> str:
-        return f"{self.op}{' decode' if self.decode else ''} {self.shape}"
+        return f"{self.op}{' decode' if self.decode else ''} {self.shape}{f' state {self.state}' if self.state else ''}"
+
+    @property
+    def sizes(self) -> Sizes:
+        B, T, H, D = self.shape
+        return Sizes(B, T, 1 if self.op == "mamba2" else H, H, self.state or D, D)
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Libraries beside ours that have the op; those of the step in place after what computes the same."""
+        if self.op == "mamba2":
+            return ()
+        return ("fla", "ours_step") if self.decode else ("fla", *SDPA)
+
+    @property
+    def promises(self) -> dict[str, Any]:
+        """Bytes that the row is judged by: of the states, or the fewest that move and the most that training holds (MiB)."""
+        if self.decode:
+            return {"state_bytes": self.state_bytes}
+        op, x = self.op.split()[0], inputs_of(self, "meta")
+        held = {name: size / 2**20 for name, size in training_bytes(op, x).items()}
+        return {"floor_bytes": floor_bytes(op, x), "bound_mib": sum(held.values()), "bound_parts_mib": held}
 
     @property
     def state_bytes(self) -> int:
@@ -53,15 +81,32 @@ class Case(NamedTuple):
 
 
 def inputs_of(case: Case, device: str, tokens: int | None = None) -> Inputs:
-    """The case's inputs, the same in every process; with tokens, their beginning. Leaves want gradients unless it decodes."""
-    B, T, H, D = case.shape
+    """The case's inputs, the same in every process; with tokens, their beginning."""
     made = make_inputs(
-        case.op.split()[0], Sizes(B, T, H, H, D, D), torch.bfloat16, device, initial_state=case.decode, final_state=case.decode,
-        options=OPS[case.op],
-    )  # fmt: skip
-    if tokens is not None and tokens < T:
-        made = made.replaced({name: x[:, :tokens].contiguous() for name, x in made.leaves().items()})
-    return made.replaced({name: x.detach().requires_grad_(not case.decode) for name, x in made.leaves().items()})
+        case.op.split()[0], case.sizes, torch.bfloat16, device, initial_state=case.decode, final_state=case.decode, options=OPS[case.op]
+    )
+    if tokens is not None and tokens < case.sizes.T:
+        made = made.replaced({name: x[:, :tokens].contiguous() for name, x in made.leaves().items() if in_rows(x)})
+    return made
+
+
+def in_rows(x: torch.Tensor) -> bool:
+    """Whether the first dimension counts rows: parameters (A, D and the bias of mamba2) have heads alone."""
+    return x.dim() >= 3
+
+
+def training(x: Inputs) -> Inputs:
+    """The same inputs, wanting gradients."""
+    return x.replaced({name: y.detach().requires_grad_() for name, y in x.leaves().items()})
+
+
+def stepping(x: Inputs) -> Inputs:
+    """A decoding call's inputs as its step takes them: no dimension of T, the states in a pool about twice as large, by slots."""
+    state = x.kwargs["initial_state"]
+    slots, S = make_slots(state.shape[0], False, state.device)
+    pool = state.new_zeros((S, *state.shape[1:]))
+    pool[slots] = state
+    return Inputs((*(y[:, 0].contiguous() for y in x.args), pool), {"slots": slots})
 
 
 # ---- libraries ----
@@ -72,11 +117,16 @@ def _sdpa(x: Inputs) -> tuple[torch.Tensor, None]:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2), None
 
 
+def op_name(name: str, case: Case) -> str:
+    """Our op that a cell of ours runs."""
+    return case.op.split()[0] + ("_step" if name == "ours_step" else "")
+
+
 def library(name: str, case: Case) -> Call:
     """The call to measure. Raises what importing the library raises."""
     op = case.op.split()[0]
-    if name == "ours":
-        handle = fd.op(op)
+    if name in ("ours", "ours_step"):
+        handle = fd.op(op_name(name, case))
         return lambda x: handle(*x.args, **x.kwargs)
     if name == "fla":
         found = getattr(importlib.import_module(f"fla.ops.{op}"), ("fused_recurrent_" if case.decode else "chunk_") + op)
@@ -182,41 +232,48 @@ def host_us(call: Callable[[], object], device: str, calls: int, rounds: int = 5
 
 
 def _forward(call: Call, x: Inputs) -> Callable[[], object]:
-    plain = x.replaced({name: y.detach() for name, y in x.leaves().items()})
-
-    def run() -> object:
-        with torch.no_grad():
-            return call(plain)
-
-    return run
+    """To be called under torch.no_grad(), which costs a microsecond of a step and is the caller's loop's."""
+    return lambda: call(x)
 
 
 def _both(call: Call, x: Inputs) -> Callable[[], object]:
-    leaves = [y for name, y in x.leaves().items() if y.requires_grad]
-    do = torch.randn_like(x.args[2])
+    x = training(x)
+    leaves = list(x.leaves().values())
+    do = torch.randn_like(x.leaves()["x" if "x" in x.leaves() else "v"])
     return lambda: torch.autograd.grad(call(x)[0], leaves, do)
 
 
-def errors(call: Call, case: Case, device: str, backward: bool) -> dict[str, float]:
-    """Relative errors against the reference in float64: a call on the first tokens, of which the first two rows are compared."""
+def errors(name: str, call: Call, case: Case, device: str, backward: bool) -> dict[str, float]:
+    """Relative errors against the reference in float64: a call on the first tokens, of which the first two rows are compared.
+
+    do is zero in the other rows, so that gradients of parameters, which are sums over rows, are those of two rows as well.
+    """
     x = inputs_of(case, device, SHORT)
-    wide = x.replaced({name: y.detach()[:2].double().requires_grad_(backward) for name, y in x.leaves().items()})
-    do = torch.randn(x.args[2].shape, generator=torch.Generator(device).manual_seed(1), device=device).to(x.args[2].dtype)
-    outs = []
+    wide = x.replaced({leaf: (y[:2] if in_rows(y) else y).double() for leaf, y in x.leaves().items()})
     reference = fd.op(case.op.split()[0], mode="reference")
-    for function, given in ((call, x), (lambda y: reference(*y.args, **y.kwargs), wide)):
+    outs: list[dict[str, torch.Tensor]] = []
+    for function, given in ((lambda y: reference(*y.args, **y.kwargs), wide), (call, x)):
+        given = training(given) if backward else given
         with torch.set_grad_enabled(backward):
-            o, state = function(given)
+            if name == "ours_step" and function is call:
+                given = stepping(given)
+                o = call(given).unsqueeze(1)  # type: ignore[attr-defined]  # a step returns its output alone
+                state = given.args[-1][given.kwargs["slots"]]
+            else:
+                o, state = function(given)
         found = {"o": o, "state": state} if case.decode else {"o": o}
         if backward:
-            grads = torch.autograd.grad(o, list(given.leaves().values()), do[: o.shape[0]].to(o.dtype))
-            found |= {f"d{name}": dx for name, dx in zip(given.leaves(), grads, strict=True)}
-        outs.append({name: y.detach()[:2].double() for name, y in found.items()})
-    got, want = outs
-    scales = {name: y.norm().item() for name, y in want.items()}
-    if "dg" in want:
-        scales["dg"] = gate_gradient_scale(want["dg"], wide.args[0].detach(), want["dq"])
-    return {name: (got[name] - y).norm().item() / scales[name] for name, y in want.items()}
+            do = torch.zeros_like(o)
+            do[:2] = torch.randn(o[:2].shape, generator=torch.Generator(device).manual_seed(1), device=device).to(torch.bfloat16)
+            grads = torch.autograd.grad(o, list(given.leaves().values()), do)
+            found |= {f"d{leaf}": dx for leaf, dx in zip(given.leaves(), grads, strict=True)}
+        outs.append({what: (y[:2] if in_rows(y) else y).detach().double() for what, y in found.items()})
+    want, got = outs
+    scales = {what: y.norm().item() for what, y in want.items()}
+    if backward:
+        grads = {what[1:]: y for what, y in want.items() if what.startswith("d")}
+        scales |= {f"d{leaf}": scale for leaf, scale in gradient_scales(case.op.split()[0], wide, grads).items()}
+    return {what: (got[what] - y).norm().item() / scales[what] for what, y in want.items()}
 
 
 def describe(error: BaseException) -> str:
@@ -230,18 +287,20 @@ def measure(name: str, case: Case, device: str, rep: int) -> Iterator[Found]:
     except Exception as error:  # a peer that is not here is a result too
         yield "problem", {"all": f"{'missing' if isinstance(error, ImportError) else 'failed'}: {describe(error)}"}
         return
-    if name == "ours":
-        yield "ran", ran(case, device)
+    if name in ("ours", "ours_step"):
+        yield "ran", ran(name, case, device)
     with scope(name):
         x, tiny = inputs_of(case, device), inputs_of(case, device, TINY)
         if name in SDPA:  # q, k and v alone, whatever op the shape is of
             x, tiny = Inputs(x.args[:3], {}), Inputs(tiny.args[:3], {})
+        if name == "ours_step":
+            x = tiny = stepping(x)
         makers = {"forward": _forward} if case.decode else {"forward": _forward, "both": _both}
         if name == "fla":
             bench_with(untuned)  # a refusal shows before anything is tuned
         for direction, make in list(makers.items()):
             try:
-                with contextlib.suppress(OutOfResources):  # of the config that was tried, not of the call
+                with contextlib.suppress(OutOfResources), grad_of(direction):  # of the config that was tried, not of the call
                     make(call, x)()
             except Exception as error:  # whatever a peer raises is its cell's result
                 del makers[direction]
@@ -251,22 +310,15 @@ def measure(name: str, case: Case, device: str, rep: int) -> Iterator[Found]:
             bench_with(sampled)  # from here on tuned, at exactly this shape
         for direction, make in makers.items():
             try:
-                run = make(call, x)
-                once, enough = _samples_ms(run, device, rep)
-                yield f"{direction}_ms", eager_ms(run, enough) if device == "cuda" else once
-                yield f"{direction}_host_us", host_us(make(call, tiny), device, 50 if direction == "forward" else 20)
-                if direction == "both":
-                    yield "both_peak_mib", _peak_mib(run, device)
-                    yield "gradients_mib", sum(y.numel() * y.element_size() for y in x.leaves().values()) / 2**20
-                if device == "cuda":
-                    yield f"{direction}_graph_ms", graph_ms(run, enough)
+                with grad_of(direction):
+                    yield from timed(direction, make(call, x), make(call, tiny), device, rep)
             except Exception as error:  # what was measured before it stays
                 yield "problem", {direction: f"failed: {describe(error)}"}
                 still_there(device)
         del x, tiny
         if name not in SDPA and makers:
             try:
-                yield "errors", errors(call, case, device, "both" in makers)
+                yield "errors", errors(name, call, case, device, "both" in makers)
             except Exception as error:  # the times stay
                 yield "problem", {"errors": f"failed: {describe(error)}"}
                 still_there(device)
@@ -275,11 +327,26 @@ def measure(name: str, case: Case, device: str, rep: int) -> Iterator[Found]:
         torch.cuda.empty_cache()
 
 
-def ran(case: Case, device: str) -> dict[str, Any]:
+def grad_of(direction: str) -> torch.set_grad_enabled:
+    return torch.set_grad_enabled(direction == "both")
+
+
+def timed(direction: str, run: Callable[[], object], tiny: Callable[[], object], device: str, rep: int) -> Iterator[Found]:
+    """Times of a direction, each under its name; tiny: the same call of few tokens, for the host's time."""
+    once, enough = _samples_ms(run, device, rep)
+    yield f"{direction}_ms", eager_ms(run, enough) if device == "cuda" else once
+    yield f"{direction}_host_us", host_us(tiny, device, 50 if direction == "forward" else 20)
+    if direction == "both":
+        yield "both_peak_mib", _peak_mib(run, device)
+    if device == "cuda":
+        yield f"{direction}_graph_ms", graph_ms(run, enough)
+
+
+def ran(name: str, case: Case, device: str) -> dict[str, Any]:
     """What ours chooses for a case."""
     x = inputs_of(case, device)
-    with torch.set_grad_enabled(not case.decode):
-        explained = fd.op(case.op.split()[0]).explain(*x.args, **x.kwargs)
+    x = stepping(x) if name == "ours_step" else x if case.decode else training(x)
+    explained = fd.op(op_name(name, case)).explain(*x.args, **x.kwargs)
     found = {"forward": explained.forward, "backward": None if case.decode else explained.backward}
     return {direction: None if pair is None else [pair[0], str(pair[1])] for direction, pair in found.items()}
 
@@ -298,9 +365,10 @@ def compile_case(name: str, case: Case, shard: int, shards: int, device: str) ->
     call = library(name, case)
     if name == "fla":
         bench_with(compiled(shard, shards))
-    for tokens in (None,) if name == "fla" else (None, SHORT, TINY):
+    for tokens in (None,) if name == "fla" or case.decode else (None, SHORT, TINY):
         x = inputs_of(case, device, tokens)
-        _forward(call, x)()
+        with grad_of("forward"):
+            _forward(call, stepping(x) if name == "ours_step" else x)()
         if not case.decode:
             _both(call, x)()
     _sync(device)

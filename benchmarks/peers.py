@@ -2,9 +2,10 @@
 
     FLA_FLASH_QLA=0 python -m benchmarks.peers --out results [--cases small] [--ops retention,simple_gla] [--seconds 420]
 
-Each (case, library) is a cell. Cells run one after the other in a process of their own, which is started again when a cell breaks it or
-takes too long. Before that, parallel processes fill Triton's cache; FLA's autotuners then choose at exactly each case's shape, with 30 ms
-of samples for each config. SDPA is measured once for each shape. results/peers.json is written after every cell.
+Each (case, library) is a cell; peer_cells says what the libraries are. Cells run one after the other in a process of their own, which is
+started again when a cell breaks it or takes too long. Before that, parallel processes fill Triton's cache; FLA's autotuners then choose at
+exactly each case's shape, with 30 ms of samples for each config. SDPA is measured once for each shape. results/peers.json is written after
+every cell.
 """
 
 from __future__ import annotations
@@ -32,11 +33,19 @@ ALL = (
     Case("retention", (8, 2048, 32, 64)),
     Case("lightning_attn", (4, 4096, 16, 128)),
     *(Case(op, (B, 1, 32, 128), decode=True) for op in ("retention", "simple_gla") for B in (256, 1)),
+    *(Case("mamba2", (B, 16384 // B, 64, 64), state=128) for B in (1, 8)),
 )
+
+
+def smaller(case: Case) -> Case:
+    """For any CPU."""
+    return case._replace(shape=(2, min(case.shape[1], 70), 2, 16), state=min(case.state, 32))
+
+
 CASES = {
     "all": ALL,
-    "small": (ALL[0], ALL[2], ALL[3], ALL[-1]),
-    "tiny": tuple(c._replace(shape=(2, min(c.shape[1], 70), 2, 16)) for c in (ALL[0], ALL[1], ALL[2], ALL[-1])),  # for any CPU
+    "small": (ALL[0], ALL[2], ALL[3], *(c for c in ALL if c.decode and c.shape[0] == 1), ALL[-2]),
+    "tiny": tuple(dict.fromkeys(map(smaller, ALL))),
 }
 SHARDS = 8
 
@@ -45,11 +54,9 @@ def cells(cases: list[Case]) -> list[tuple[Case, str]]:
     """What is measured, in order; SDPA with the first case of each shape."""
     found, seen = [], set()
     for case in cases:
-        names = ["ours", "fla"]
-        if not case.decode and case.shape not in seen:
-            names += SDPA
-            seen.add(case.shape)
-        found += [(case, name) for name in names]
+        softmax = case.shape not in seen
+        found += [(case, name) for name in ("ours", *case.peers) if softmax or name not in SDPA]
+        seen |= {case.shape} if SDPA.keys() <= set(case.peers) else set()
     return found
 
 
@@ -60,12 +67,14 @@ def compile_jobs(cases: list[Case]) -> list[tuple[str, Case, int, int]]:
     """Ours each; FLA in shards, once for cases whose kernels are the same (lengths, constant decays)."""
     fla: dict[Any, Case] = {}
     for case in cases:
+        if "fla" not in case.peers:
+            continue
         op = "retention" if case.op == "lightning_attn" else case.op
         B, _, H, D = case.shape
         fla.setdefault((op, case.decode, None if case.decode else B, H, D), case)
     jobs = [("fla", case, shard, SHARDS) for case in fla.values() for shard in range(1 if case.decode else SHARDS)]
     jobs = [(name, case, shard, 1 if case.decode else shards) for name, case, shard, shards in jobs]
-    return jobs + [("ours", case, 0, 1) for case in cases]
+    return jobs + [(name, case, 0, 1) for case in cases for name in ("ours", *case.peers) if name.startswith("ours")]
 
 
 def _compile(jobs: Any, device: str) -> None:
@@ -187,24 +196,37 @@ class Worker:
         return code
 
 
-def line(case: Case, name: str, cell: dict[str, Any]) -> str:
-    """A cell for the terminal."""
+def judged(case: Case, name: str, cell: dict[str, Any], bandwidth: float | None) -> dict[str, Any]:
+    """A row: the cell and what it is judged by, at the bandwidth that a copy reaches in this run; eager times over their floor."""
+    row: dict[str, Any] = {**case._asdict(), "library": name, **({} if name in SDPA else case.promises), **cell}
+    if bandwidth and "floor_bytes" in row:
+        for direction, fewest in zip(("forward", "both"), row["floor_bytes"], strict=True):
+            row[f"{direction}_floor_ms"] = floor = fewest / bandwidth * 1e3
+            if f"{direction}_ms" in row:
+                row[f"{direction}_over_floor"] = row[f"{direction}_ms"] / floor
+    return row
+
+
+def line(case: Case, row: dict[str, Any]) -> str:
+    """A row for the terminal."""
 
     def number(what: str, width: int, form: str = ".4g") -> str:
-        value = cell.get(what)
+        value = row.get(what)
         return f"{'-' if value is None else format(value, form):>{width}}"
 
-    worst = cell.get("errors", {})
+    worst = row.get("errors", {})
     gradient = max((e for n, e in worst.items() if n.startswith("d")), default=None)
     shown = [number(f"{d}_{w}", 9) for d in ("forward", "both") for w in ("ms", "graph_ms", "host_us")]
-    shown.append(number("both_peak_mib", 9, ".0f"))
+    shown += [number(f"{d}_over_floor", 9, ".2f") for d in ("forward", "both")]
+    shown += [number(what, 9, ".0f") for what in ("both_peak_mib", "bound_mib")]
     shown += [f"{'-' if e is None else format(e, '.1e'):>9}" for e in (worst.get("o"), gradient)]
-    said = "; ".join(f"{what} {text}" for what, text in cell["problems"].items())
-    return f"{case.text:40}{name:12}{''.join(shown)}  {said[:160]}"
+    said = "; ".join(f"{what} {text}" for what, text in row["problems"].items())
+    return f"{case.text:40}{row['library']:12}{''.join(shown)}  {said[:160]}"
 
 
 HEAD = f"{'case':40}{'library':12}" + "".join(
-    f"{h:>9}" for h in ("fwd ms", "graph", "host us", "f+b ms", "graph", "host us", "peak MiB", "err o", "err grad")
+    f"{h:>9}"
+    for h in ("fwd ms", "graph", "host us", "f+b ms", "graph", "host us", "f/floor", "fb/floor", "peak MiB", "bound", "err o", "err grad")
 )
 
 
@@ -234,9 +256,8 @@ def main() -> None:
     for case, name in cells(cases):
         left = given.seconds - (time.monotonic() - begin)
         cell = worker.ask((name, case), min(given.limit, left)) if left > 2 else {"problems": {"cell": "not reached"}}
-        state = {"state_bytes": case.state_bytes} if case.decode else {}
-        rows.append({"op": case.op, "shape": case.shape, "decode": case.decode, "library": name, **state, **cell})
-        print(line(case, name, cell), flush=True)
+        rows.append(judged(case, name, cell, facts.get("copy_bandwidth")))
+        print(line(case, rows[-1]), flush=True)
         write(given.out, "peers", **facts, seconds=time.monotonic() - begin, rows=rows)
     worker.stop()
 

@@ -20,6 +20,7 @@ import torch
 import fla_dispatch as fd
 from fla_dispatch.kernels.scalar_decay.cases import Inputs, Sizes, make_inputs
 
+from .bounds import floor_bytes
 from .common import copy_bandwidth, eager_ms, graph_ms, machine, write
 
 SHAPES = ((4, 4096, 16, 128), (8, 2048, 32, 64), (1, 32768, 8, 128))
@@ -41,13 +42,6 @@ def inputs_of(label: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfl
     found = make_inputs(op, sizes, dtype, "cuda", options=OPS[label])
     leaves = {name: x.detach().requires_grad_() for name, x in found.leaves().items()}
     return found.replaced(leaves)
-
-
-def floor_bytes(found: Inputs, o: torch.Tensor) -> tuple[int, int]:
-    """Fewest bytes of forward and of forward + backward: every tensor once, then again with its gradient."""
-    inputs = sum(x.numel() * x.element_size() for x in found.leaves().values())
-    outputs = o.numel() * o.element_size()
-    return inputs + outputs, (inputs + outputs) + (inputs + outputs + inputs)
 
 
 def error(label: str, shape: tuple[int, ...], mode: str) -> float:
@@ -79,7 +73,7 @@ def measure(label: str, shape: tuple[int, ...], mode: str, ceiling: float, rep: 
     def both() -> object:
         return torch.autograd.grad(op(*found.args, **found.kwargs)[0], leaves, do)
 
-    fewest = [b / ceiling * 1e3 for b in floor_bytes(found, o)]
+    fewest = [b / ceiling * 1e3 for b in floor_bytes(label.split()[0], found)]
     row: dict[str, Any] = {"op": label, "shape": shape, "mode": mode, "error": error(label, shape, mode)}
     row["forward"] = {"variant": explained.forward[0], "config": explained.forward[1]}
     row["backward"] = {"variant": explained.backward[0], "config": explained.backward[1]}

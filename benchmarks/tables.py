@@ -50,10 +50,14 @@ def _gradient_error(errors: dict[str, float]) -> str:
 
 
 def peers(content: dict[str, Any]) -> str:
-    """Two tables, calls of many tokens and steps of one, a row per case and library; then what refused or failed."""
+    """Two tables, calls of many tokens and steps of one, a row per case and library; then what refused or failed.
+
+    x floor: the eager time over that of the fewest bytes; of: what `bounds.training_bytes` allows.
+    """
     lines = [
-        "| op | (B, T, H, D) | library | forward ms | graph | fwd + bwd ms | graph | extra MiB | host us | error of o | of gradients |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| op | (B, T, H, D) | library | forward ms | graph | x floor | fwd + bwd ms | graph | x floor | extra MiB | of | host us "
+        "| error of o | of gradients |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     steps = [
         "| step | (B, H, D) | library | ms | graph | TB/s | host us | error of o | of state |",
@@ -62,7 +66,7 @@ def peers(content: dict[str, Any]) -> str:
     notes = []
     for r in content["rows"]:
         shape, library, errors = r["shape"], r["library"], r.get("errors", {})
-        times = [_ms(r.get(f"{d}_{w}")) for d in ("forward", "both") for w in ("ms", "graph_ms")]
+        where = ", ".join(map(str, shape)) + (f", N = {r['state']}" if r.get("state") else "")
         if r["decode"]:
             ms = r.get("forward_graph_ms") or r.get("forward_ms")
             rate = _form(None if ms is None else r["state_bytes"] / ms / 1e9, ".2f")
@@ -73,12 +77,16 @@ def peers(content: dict[str, Any]) -> str:
             )
         else:
             host = " / ".join(_form(r.get(f"{d}_host_us"), ".0f") for d in ("forward", "both"))
+            times = [
+                f"{_ms(r.get(f'{d}_ms'))} | {_ms(r.get(f'{d}_graph_ms'))} | {_form(r.get(f'{d}_over_floor'), '.2f')}"
+                for d in ("forward", "both")
+            ]
             lines.append(
-                f"| {r['op']} | {', '.join(map(str, shape))} | {library} | {' | '.join(times)} | {_form(r.get('both_peak_mib'), '.0f')} "
-                f"| {host} | {_form(errors.get('o'), '.1e')} | {_gradient_error(errors)} |"
+                f"| {r['op']} | {where} | {library} | {' | '.join(times)} | {_form(r.get('both_peak_mib'), '.0f')} "
+                f"| {_form(r.get('bound_mib'), '.0f')} | {host} | {_form(errors.get('o'), '.1e')} | {_gradient_error(errors)} |"
             )
-        where = f"{r['op']}{' step' if r['decode'] else ''} ({', '.join(map(str, shape))}), {library}"
-        notes += [f"- {where}: {what}: {text}" for what, text in r["problems"].items()]
+        cell = f"{r['op']}{' step' if r['decode'] else ''} ({where}), {library}"
+        notes += [f"- {cell}: {what}: {text}" for what, text in r["problems"].items()]
     return "\n".join([*lines, "", *steps, "", *notes]).rstrip()
 
 

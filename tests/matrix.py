@@ -20,7 +20,7 @@ import torch
 import fla_dispatch as fd
 from fla_dispatch import registry
 from fla_dispatch.kernels.scalar_decay import chunk_torch, reference
-from fla_dispatch.kernels.scalar_decay.cases import Case, Inputs, gate_gradient_scale, select, tolerance
+from fla_dispatch.kernels.scalar_decay.cases import Case, Inputs, gradient_scales, select, tolerance
 from fla_dispatch.kernels.scalar_decay.configs import TorchConfig
 from fla_dispatch.requirements import Refusal
 
@@ -169,25 +169,6 @@ def poisoned() -> Iterator[None]:
 
 
 # -- judging -----------------------------------------------------------------------------------------------------------------
-
-
-def gradient_scales(op: str, inputs: Inputs, grads: Tensors) -> dict[str, float]:
-    """What errors of gate gradients are relative to (others: the gradient's own norm). See cases.gate_gradient_scale.
-
-    In mamba2 the gate is d_t A: its scale reaches dt times |A|; dt_bias and A are sums over tokens of such terms.
-    """
-    if op == "simple_gla":
-        return {"g": gate_gradient_scale(grads["g"], inputs.leaves()["q"], grads["q"])}
-    if op != "mamba2":
-        return {}
-    leaves = inputs.leaves()
-    low = registry.get_op(op).contract(*inputs.args, **inputs.kwargs)
-    steps = low.prepare(low.tensors).beta.double()
-    terms = gate_gradient_scale(grads["C"][..., :0], leaves["C"], grads["C"])
-    rate = leaves["A"].double().abs().amax().item()
-    many = steps.numel() ** 0.5  # sums over tokens: |sum_t x_t e_t| <= |x| |e|, and the gates' errors are correlated
-    floor = {"dt": rate * terms, "dt_bias": rate * many * terms, "A": steps.norm().item() * terms}
-    return {name: max(x, grads[name].double().norm().item()) for name, x in floor.items() if name in grads}
 
 
 def distance(x: torch.Tensor, want: torch.Tensor, scale: float | None = None) -> float:

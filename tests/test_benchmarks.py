@@ -15,22 +15,74 @@ LENGTHS = (128, 2048)
 
 
 def rows() -> list[dict[str, Any]]:
-    """Results as benchmarks.peers writes them: every library at two lengths, a refusal, and a step."""
+    """Results as benchmarks.peers writes them: every library at two lengths, a refusal, memory, a step, and mamba2."""
     made: list[dict[str, Any]] = []
     for T, (factor, name) in itertools.product(LENGTHS, enumerate(plot.LABELS, 1)):
         times = {"forward_ms": T * factor * 1e-4, "forward_graph_ms": T * factor * 9e-5, "both_ms": T * factor * 4e-4}
         made.append({"op": "retention", "shape": [8, T, 32, 128], "decode": False, "library": name, "problems": {}, **times})
     made[0]["errors"] = {"o": 2e-3, "dq": 3e-3, "dk": 4e-3}
+    made[0] |= {"both_peak_mib": 33.2, "bound_mib": 40.8, "forward_over_floor": 1.25, "both_over_floor": 2.0}
     made[1]["problems"] = {"both": "refused: RuntimeError: not here"}
     step = {"op": "retention", "shape": [256, 1, 32, 128], "decode": True, "library": "ours", "problems": {}}
-    return [*made, step | {"state_bytes": 10**9, "forward_ms": 0.3, "forward_graph_ms": 0.25}]
+    mamba2 = {"op": "mamba2", "shape": [1, 16384, 64, 64], "state": 128, "decode": False, "library": "ours", "problems": {}}
+    return [*made, step | {"state_bytes": 10**9, "forward_ms": 0.3, "forward_graph_ms": 0.25}, mamba2 | {"forward_ms": 0.1}]
 
 
 def test_cells_hold_sdpa_once_for_each_shape() -> None:
     found = peers.cells(list(peers.ALL))
     assert len(set(found)) == len(found)
     softmax = [case.shape for case, name in found if name == "sdpa_flash"]
-    assert len(set(softmax)) == len(softmax) == len({case.shape for case in peers.ALL if not case.decode})
+    assert len(set(softmax)) == len(softmax) == len({case.shape for case in peers.ALL if "sdpa_flash" in case.peers})
+
+
+def test_cells_of_steps_and_of_an_op_without_a_peer() -> None:
+    found = peers.cells(list(peers.ALL))
+    steps = [(case.op, case.shape[0]) for case, name in found if name == "ours_step"]
+    assert steps == [("retention", 256), ("retention", 1), ("simple_gla", 256), ("simple_gla", 1)]
+    assert [name for case, name in found if case.decode and case.op == "retention"] == ["ours", "fla", "ours_step"] * 2
+    assert {name for case, name in found if case.op == "mamba2"} == {"ours"}
+    assert {case.op for case in peers.CASES["tiny"]} == {case.op for case in peers.ALL}
+
+
+def test_compile_jobs_of_ours_are_its_cells() -> None:
+    jobs = [(case, name) for name, case, _, _ in peers.compile_jobs(list(peers.ALL)) if name != "fla"]
+    assert jobs == [(case, name) for case, name in peers.cells(list(peers.ALL)) if name.startswith("ours")]
+
+
+def test_rows_are_judged_by_the_fewest_bytes() -> None:
+    """mamba2: x, B, C, dt and o once; with gradients, that again with do for o, and a gradient of each input."""
+    case = next(c for c in peers.ALL if c.op == "mamba2")
+    o = x = 16384 * 64 * 64 * 2
+    inputs = x + 16384 * (2 * 128 + 64) * 2 + 3 * 64 * 4  # A, D and the bias are float32 [H]
+    row = peers.judged(case, "ours", {"forward_ms": 0.2, "problems": {}}, 4e12)
+    assert row["floor_bytes"] == (inputs + o, 3 * inputs + 2 * o)
+    assert row["forward_floor_ms"] == pytest.approx((inputs + o) / 4e9) and row["forward_over_floor"] == pytest.approx(
+        0.2 / row["forward_floor_ms"]
+    )
+    assert "both_over_floor" not in row and "floor_bytes" not in peers.judged(case, "sdpa_flash", {}, 4e12)
+    step = next(c for c in peers.ALL if c.decode)
+    assert peers.judged(step, "ours_step", {}, None)["state_bytes"] == 2 * 256 * 32 * 128 * 128 * 4
+
+
+def test_steps_take_the_states_of_the_decoding_call() -> None:
+    """The pool's slots hold them, in the order of the rows; a step gives what the call gives."""
+    case = next(c for c in peers.CASES["tiny"] if c.decode)
+    x = peer_cells.inputs_of(case, "cpu")
+    found = {name: peer_cells.errors(name, peer_cells.library(name, case), case, "cpu", False) for name in ("ours", "ours_step")}
+    assert found["ours"].keys() == found["ours_step"].keys() == {"o", "state"}
+    assert all(error < 1e-2 for errors in found.values() for error in errors.values())
+    step = peer_cells.stepping(x)
+    pool, slots = step.args[-1], step.kwargs["slots"]
+    assert pool.shape[0] > x.args[0].shape[0] and bool((pool[slots] == x.kwargs["initial_state"]).all())
+
+
+def test_gradients_of_parameters_are_compared_too() -> None:
+    """More rows than the two that are compared: A, D and the bias sum over rows."""
+    case = next(c for c in peers.CASES["tiny"] if c.op == "mamba2")
+    case = case._replace(shape=(3, *case.shape[1:]))
+    found = peer_cells.errors("ours", peer_cells.library("ours", case), case, "cpu", True)
+    assert found.keys() == {"o", "dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias"}
+    assert all(error < 2e-2 for error in found.values()), found
 
 
 def test_compile_jobs_take_cases_with_the_same_kernels_once() -> None:
@@ -67,7 +119,8 @@ def test_autotuners_sample_with_what_they_are_given() -> None:
 
 def test_tables_of_peers() -> None:
     text = tables.table({"rows": rows()})
-    assert "| retention | 8, 128, 32, 128 | ours | 0.013 | 0.012 | 0.051 | - | - | - / - | 2.0e-03 | 4.0e-03 (dk) |" in text
+    first = "| retention | 8, 128, 32, 128 | ours | 0.013 | 0.012 | 1.25 | 0.051 | - | 2.00 | 33 | 41 | - / - | 2.0e-03 | 4.0e-03 (dk) |"
+    assert first in text and "| mamba2 | 1, 16384, 64, 64, N = 128 | ours | 0.100 | - | - |" in text
     assert "| retention | 256, 32, 128 | ours | 0.3000 | 0.2500 | 4.00 | - | - | - |" in text
     assert "- retention (8, 128, 32, 128), fla: both: refused: RuntimeError: not here" in text
 
@@ -79,7 +132,7 @@ def test_plot_is_the_same_each_time_and_needs_all_points(tmp_path: Path) -> None
         plot.draw(content, tmp_path / name)
     drawn = (tmp_path / "a.svg").read_bytes()
     assert drawn == (tmp_path / "b.svg").read_bytes() and len(drawn) < 60_000
-    assert all(label.encode() in drawn for label, _ in plot.LABELS.values())
+    assert all(label.encode() in drawn for label, _, _ in plot.LABELS.values())
     with pytest.raises(SystemExit):
         plot.draw({"rows": rows()[-1:]}, tmp_path / "c.svg")
     assert plot.apart([1.0, 1.1, 9.0], 1.5) == [1.0, 1.5, 9.0]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ... import registry
 from ...errors import bad_call
 from ...sequences import SeqInfo
 from .._shared.inputs import Draw, make_gates
@@ -230,6 +231,26 @@ def gate_gradient_scale(dg: torch.Tensor, q: torch.Tensor, dq: torch.Tensor) -> 
     is set by the terms, not by their difference. q, dq: [B, T, H, K].
     """
     return max(dg.double().norm().item(), (q.double() * dq.double()).sum(-1).norm().item())
+
+
+def gradient_scales(op: str, inputs: Inputs, grads: dict[str, torch.Tensor]) -> dict[str, float]:
+    """What errors of gate gradients are relative to (others: the gradient's own norm). See `gate_gradient_scale`; grads by leaf.
+
+    In mamba2 the gate is d_t A: its scale reaches dt times |A|; dt_bias and A are sums over tokens of such terms.
+    """
+    if op == "simple_gla":
+        return {"g": gate_gradient_scale(grads["g"], inputs.leaves()["q"], grads["q"])}
+    if op != "mamba2":
+        return {}
+    leaves = inputs.leaves()
+    low = registry.get_op(op).contract(*inputs.args, **inputs.kwargs)
+    assert low.prepare is not None
+    steps = low.prepare(low.tensors).beta.double()
+    terms = gate_gradient_scale(grads["C"][..., :0], leaves["C"], grads["C"])
+    rate = leaves["A"].double().abs().amax().item()
+    many = steps.numel() ** 0.5  # sums over tokens: |sum_t x_t e_t| <= |x| |e|, and the gates' errors are correlated
+    floor = {"dt": rate * terms, "dt_bias": rate * many * terms, "A": steps.norm().item() * terms}
+    return {name: max(x, grads[name].double().norm().item()) for name, x in floor.items() if name in grads}
 
 
 def _row(name: str, *sizes: int, tags: str = "small", **fields: Any) -> tuple[str, Sizes, frozenset[str], dict[str, Any]]:
