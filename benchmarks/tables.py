@@ -94,13 +94,13 @@ def first_call(content: dict[str, Any]) -> str:
     """A row per process: its first call, the one after, and what was compiled."""
     lines = ["| process | first call s | second call s | kernels compiled |", "|---|---|---|---|"]
     for name, r in content["processes"].items():
-        if "problem" in r:
-            lines.append(f"| {name} | {r['problem']} | | |")
-        elif "calls" in r:  # warmup
+        if "calls" in r:  # warmup
             what = f"{r['keys']} keys, {r['measured']} measured, {r['records']} records"
             lines.append(f"| {name} ({what}) | {r['wall_s']:.1f} in all | | {r['compiled']} |")
         else:
-            lines.append(f"| {name} | {r['first_s']:.3f} | {r['second_s']:.4f} | {r['compiled']} |")
+            times = [_form(r.get("first_s"), ".3f"), _form(r.get("second_s"), ".4f")]
+            problem = f" ({r['problem']})" if "problem" in r else ""
+            lines.append(f"| {name}{problem} | {' | '.join(times)} | {r['compiled']} |")
     return "\n".join(lines)
 
 
