@@ -4,7 +4,8 @@
 
 Each row is a process of its own with an empty Triton cache (the last takes over what warmup left) and without the device's shipped
 records, as on a device that has none; "shipped records" is the package as it is. Seconds are those of the call, imports and CUDA
-context done. FLA's autotuners are as FLA sets them.
+context done. FLA's autotuners are as FLA sets them. first_call.json (with --only: first_call_ours.json or first_call_fla.json) is
+written after every row; a process that is cut leaves what it had measured.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def child(library: str, op: str, backward: bool, no_jit: bool, shape: tuple[int, int, int, int], device: str) -> dict[str, Any]:
-    """Seconds of the first and second call."""
+    """Seconds of the first and second call; those of the first are printed as soon as they are known."""
     import torch
 
     import fla_dispatch as fd
@@ -53,6 +55,7 @@ def child(library: str, op: str, backward: bool, no_jit: bool, shape: tuple[int,
                     torch.autograd.grad(o, leaves, do)
             sync()
             seconds.append(time.perf_counter() - begin)
+            print(json.dumps({"first_s": seconds[0]}), flush=True)
     explained = fd.op(op).explain(*x.args, **x.kwargs) if library == "ours" else None
     why = None if explained is None else f"{explained.tier}: {explained.forward}, {explained.backward}"
     return {"first_s": seconds[0], "second_s": seconds[1], "choice": why}
@@ -68,27 +71,46 @@ def bare_copy(to: pathlib.Path) -> pathlib.Path:
     return to
 
 
+def last_document(text: str) -> dict[str, Any] | None:
+    """The last JSON object that begins a line and is whole."""
+    found = None
+    for start in re.finditer(r"^\{", text, re.MULTILINE):
+        with contextlib.suppress(ValueError):
+            found = json.JSONDecoder().raw_decode(text, start.start())[0]
+    return found
+
+
 def run(arguments: list[str], where: pathlib.Path, caches: pathlib.Path, limit: float) -> dict[str, Any]:
-    """The JSON document that a process prints last, its wall seconds and how many kernels are in its Triton cache then."""
+    """The JSON document that a process prints last, its wall seconds and how many kernels are in its Triton cache then.
+
+    After `limit` seconds the process and what it started end, and a problem says so beside what it had printed.
+    """
     env = os.environ | {"TRITON_CACHE_DIR": str(caches / "triton"), "FLA_DISPATCH_CACHE_DIR": str(caches / "records")}
     caches.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
+    begin, cut = time.monotonic(), False
     with subprocess.Popen([sys.executable, *arguments], cwd=where, env=env, text=True, stdout=-1, stderr=-1, start_new_session=True) as p:
         try:
             out, err = p.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(p.pid, 9)
-            p.communicate()
-            out, err = "", f"cut after {limit:.0f} s"
+            cut = True
+            _end(p)
+            out, err = p.communicate()
+        except BaseException:  # this run is cut itself: what it started shall not outlive it
+            _end(p)
+            raise
     found: dict[str, Any] = {"wall_s": time.monotonic() - begin}
     found["compiled"] = len(list((caches / "triton").rglob("*.cubin")))
-    start = re.search(r"^\{", out, re.MULTILINE)
-    try:
-        document = json.loads(out[start.start() :] if start else "")
-    except ValueError:
-        return found | {"problem": (err.strip().splitlines() or ["no JSON printed"])[-1][:300]}
-    return document | found | ({} if p.returncode == 0 else {"exit_code": p.returncode})
+    document = last_document(out)
+    if cut:
+        found["problem"] = f"cut after {limit:.0f} s"
+    elif p.returncode or document is None:
+        found["problem"] = (err.strip().splitlines() or ["no JSON printed"])[-1][:300]
+    return (document or {}) | found | ({} if cut or p.returncode == 0 else {"exit_code": p.returncode})
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> None:
@@ -108,6 +130,7 @@ def main() -> None:
         print(json.dumps(child(library, op, not given.forward, given.no_jit, (B, T, H, D), given.device)))
         return
     os.environ.setdefault("FLA_FLASH_QLA", "0")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as `timeout` ends it
     call = ["-m", "benchmarks.first_call", "--shape", given.shape, "--device", given.device, "--child"]
     cli = ["-m", "fla_dispatch"]
     warm = [*cli, "warmup", "--op", "retention", "--train", "--device", given.device, "--json"]
@@ -138,14 +161,14 @@ def main() -> None:
 
 
 def save(given: argparse.Namespace, rows: dict[str, Any]) -> None:
-    content = {"shape": given.shape, "processes": rows}
+    content, name = {"shape": given.shape, "processes": rows}, "first_call" + (f"_{given.only}" if given.only else "")
     if given.device == "cuda":
         from .common import write
 
-        write(given.out, "first_call", **content)
+        write(given.out, name, **content)
     else:
         given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "first_call.json").write_text(json.dumps({"setup": {"device": given.device}, **content}, indent=1) + "\n")
+        (given.out / f"{name}.json").write_text(json.dumps({"setup": {"device": given.device}, **content}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -60,19 +60,19 @@ def peers(content: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     steps = [
-        "| step | (B, H, D) | library | ms | graph | TB/s | host us | error of o | of state |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| step | (B, H, D) | library | ms | TB/s | graph | TB/s | host us | error of o | of state |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     notes = []
     for r in content["rows"]:
         shape, library, errors = r["shape"], r["library"], r.get("errors", {})
         where = ", ".join(map(str, shape)) + (f", N = {r['state']}" if r.get("state") else "")
         if r["decode"]:
-            ms = r.get("forward_graph_ms") or r.get("forward_ms")
-            rate = _form(None if ms is None else r["state_bytes"] / ms / 1e9, ".2f")
+            ways = [r.get(way) for way in ("forward_ms", "forward_graph_ms")]
+            both = [f"{_form(ms, '.4f')} | {_form(None if ms is None else r['state_bytes'] / ms / 1e9, '.2f')}" for ms in ways]
             steps.append(
-                f"| {r['op']} | {shape[0]}, {shape[2]}, {shape[3]} | {library} | {_form(r.get('forward_ms'), '.4f')} "
-                f"| {_form(r.get('forward_graph_ms'), '.4f')} | {rate} | {_form(r.get('forward_host_us'), '.1f')} "
+                f"| {r['op']} | {shape[0]}, {shape[2]}, {shape[3]} | {library} | {' | '.join(both)} "
+                f"| {_form(r.get('forward_host_us'), '.1f')} "
                 f"| {_form(errors.get('o'), '.1e')} | {_form(errors.get('state'), '.1e')} |"
             )
         else:
@@ -94,13 +94,13 @@ def first_call(content: dict[str, Any]) -> str:
     """A row per process: its first call, the one after, and what was compiled."""
     lines = ["| process | first call s | second call s | kernels compiled |", "|---|---|---|---|"]
     for name, r in content["processes"].items():
-        if "problem" in r:
-            lines.append(f"| {name} | {r['problem']} | | |")
-        elif "calls" in r:  # warmup
+        if "calls" in r:  # warmup
             what = f"{r['keys']} keys, {r['measured']} measured, {r['records']} records"
             lines.append(f"| {name} ({what}) | {r['wall_s']:.1f} in all | | {r['compiled']} |")
         else:
-            lines.append(f"| {name} | {r['first_s']:.3f} | {r['second_s']:.4f} | {r['compiled']} |")
+            times = [_form(r.get("first_s"), ".3f"), _form(r.get("second_s"), ".4f")]
+            problem = f" ({r['problem']})" if "problem" in r else ""
+            lines.append(f"| {name}{problem} | {' | '.join(times)} | {r['compiled']} |")
     return "\n".join(lines)
 
 

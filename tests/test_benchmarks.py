@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import peer_cells, peers, plot, tables
+from benchmarks import first_call, peer_cells, peers, plot, tables
 
 LENGTHS = (128, 2048)
 
@@ -121,7 +121,7 @@ def test_tables_of_peers() -> None:
     text = tables.table({"rows": rows()})
     first = "| retention | 8, 128, 32, 128 | ours | 0.013 | 0.012 | 1.25 | 0.051 | - | 2.00 | 33 | 41 | - / - | 2.0e-03 | 4.0e-03 (dk) |"
     assert first in text and "| mamba2 | 1, 16384, 64, 64, N = 128 | ours | 0.100 | - | - |" in text
-    assert "| retention | 256, 32, 128 | ours | 0.3000 | 0.2500 | 4.00 | - | - | - |" in text
+    assert "| retention | 256, 32, 128 | ours | 0.3000 | 3.33 | 0.2500 | 4.00 | - | - | - |" in text
     assert "- retention (8, 128, 32, 128), fla: both: refused: RuntimeError: not here" in text
 
 
@@ -136,3 +136,19 @@ def test_plot_is_the_same_each_time_and_needs_all_points(tmp_path: Path) -> None
     with pytest.raises(SystemExit):
         plot.draw({"rows": rows()[-1:]}, tmp_path / "c.svg")
     assert plot.apart([1.0, 1.1, 9.0], 1.5) == [1.0, 1.5, 9.0]
+
+
+def test_first_calls_keep_what_a_process_that_is_cut_had_printed(tmp_path: Path) -> None:
+    """The last whole document counts; what the process started ends with it."""
+    code = (
+        "import json, subprocess, sys, time; print('words'); print(json.dumps({'first_s': 1.5}), flush=True); print('{\"half', flush=True)"
+    )
+    slow = f"{code}; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); time.sleep(60)"
+    row = first_call.run(["-c", slow], tmp_path, tmp_path / "caches", 3.0)
+    assert row["first_s"] == 1.5 and row["problem"] == "cut after 3 s" and 3 <= row["wall_s"] < 30
+    failed = first_call.run(["-c", f"{code}; raise ValueError('not here')"], tmp_path, tmp_path / "caches", 30.0)
+    assert failed["first_s"] == 1.5 and failed["problem"] == "ValueError: not here" and failed["exit_code"] == 1
+    whole = first_call.run(["-c", code], tmp_path, tmp_path / "caches", 30.0)
+    assert whole["first_s"] == 1.5 and "problem" not in whole
+    text = tables.table({"processes": {"FLA": row, "ours": whole | {"second_s": 0.5}}})
+    assert "| FLA (cut after 3 s) | 1.500 | - | 0 |" in text and "| ours | 1.500 | 0.5000 | 0 |" in text
