@@ -39,13 +39,13 @@ def _configs(p: Problem) -> tuple[StepConfig, ...]:
 
 
 def step_cost(p: Problem, config: StepConfig, direction: Direction) -> float:
-    """Bytes at the rate that the blocks in flight draw; one unit draws up to twice its share, and rows of a tile shorter than 256 bytes
-    waste some."""
+    """Bytes at the rate that the blocks draw, by what they have in flight and by how many units they reach, where one unit draws up to
+    twice its share; rows of a tile shorter than 256 bytes waste some."""
     tiles = -(-p.V // config.BV)
     blocks = p.BH * (1 if p.flag("normalize") == "true" else tiles)
     size = 2 if p.dtype("state") == "bfloat16" else 4
-    busy = min(1.0, max(1, blocks) * tile(p.K) * config.BV * size / (p.device.units * IN_FLIGHT))
-    busy *= min(1.0, 2 * max(1, blocks) / p.device.units)
+    share = max(1, blocks) / p.device.units
+    busy = min(1.0, share * tile(p.K) * config.BV * size / IN_FLIGHT, 2 * share)
     rows = min(1.0, (config.BV * size / 256) ** 0.15)
     trips = TRIP * (tiles if p.flag("normalize") == "true" else 1)
     return LAUNCH + trips + _state_bytes(p) / (p.device.bandwidth * max(busy, 1e-3) * rows)
