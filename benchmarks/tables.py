@@ -1,6 +1,6 @@
 """Markdown tables of benchmark results, as docs/measured.md shows them.
 
-python -m benchmarks.tables benchmarks/results/h200/scalar_decay.json benchmarks/results/h200/peers.json
+python -m benchmarks.tables benchmarks/results/h200/peers.json
 """
 
 from __future__ import annotations
