@@ -29,6 +29,14 @@ class SegmentConfig(NamedTuple):
     tma: bool = False
 
 
+class GluonConfig(NamedTuple):
+    """BE: width of an output tile; warps of a block; stages of its copies. Chunks have 64 tokens."""
+
+    BE: int
+    warps: int
+    stages: int
+
+
 class RecurrentConfig(NamedTuple):
     """BE: width of an output tile; warps of a block."""
 
