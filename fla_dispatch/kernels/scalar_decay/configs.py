@@ -30,11 +30,10 @@ class SegmentConfig(NamedTuple):
 
 
 class GluonConfig(NamedTuple):
-    """BE: width of an output tile; warps of a block; stages of its copies. Chunks have 64 tokens."""
+    """Stages of the copies; buffers of the rounded state. Chunks have 64 tokens, output tiles 64 columns."""
 
-    BE: int
-    warps: int
     stages: int
+    states: int
 
 
 class RecurrentConfig(NamedTuple):

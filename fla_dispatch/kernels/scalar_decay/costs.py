@@ -330,7 +330,7 @@ sweep_cost, chunk_cost, recurrent_cost = (functools.partial(_triton, f"{name}_tr
 
 def gluon_cost(p: Problem, config: Any, direction: Direction) -> float:
     """As the sweep in Triton with descriptors, and a little more until it is fitted: it is tried, and not taken unmeasured."""
-    return 1.1 * sweep_cost(p, SweepConfig(64, config.BE, config.warps, config.stages, split=True, tma=True), direction)
+    return 1.1 * sweep_cost(p, SweepConfig(64, 64, 4, config.stages, split=True, tma=True), direction)
 
 
 def torch_cost(p: Problem, config: Any, direction: Direction) -> float:

@@ -10,7 +10,7 @@ import torch
 from .configs import GluonConfig
 from .recurrence import Gradients, Options, OutputGrads, Outputs, Residuals, Tensors, empty_outputs
 from .sweep.backward import Buffers
-from .sweep.gluon_sweep import CHUNK, run_sweep
+from .sweep.gluon_sweep import CHUNK, COLUMNS, run_sweep
 from .sweep.gradients import arriving, leaving
 from .sweep.host import DECAYS, Call, exact, prepare
 
@@ -25,7 +25,7 @@ def forward(config: GluonConfig, t: Tensors, o: Options) -> Outputs:
     run_sweep(
         c, c.q, c.s_q, c.k, c.s_k, c.v, c.s_v, out.o, shared=3, scale=o.scale, decay=_decay(o), reverse=False, w=c.beta, W=2, skip=c.skip,
         s_in=c.h0, s_out=out.state if o.final_state else None, transposed=False, exact=False, with_rows=None, dot=None, dot_c=None,
-        BE=config.BE, warps=config.warps, stages=config.stages,
+        **config._asdict(),
     )  # fmt: skip
     return out
 
@@ -34,14 +34,14 @@ def backward(config: GluonConfig, residuals: Residuals, grads: OutputGrads, o: O
     t = residuals.tensors
     c = prepare(t, o, CHUNK, tma=True)
     a = arriving(c, residuals, grads, o, tma=True)
-    out = Buffers(c, o, config.BE, states=t.h0 is not None, gates=t.g is not None or t.beta is not None)
+    out = Buffers(c, o, COLUMNS, states=t.h0 is not None, gates=t.g is not None or t.beta is not None)
     _gradients(config, c, o, a.do, a.s_do, a.dS, out)
     return leaving(c, residuals, out, wanted)
 
 
 def _gradients(config: GluonConfig, c: Call, o: Options, do: torch.Tensor, s_do: int, dS: torch.Tensor | None, out: Buffers) -> None:
     """dq = f(do, v, k), dk = f'(v, do, q), dv = f'(k, q, do) of equation (5); dq and dv carry row sums for (6)."""
-    same = {"BE": config.BE, "warps": config.warps, "stages": config.stages, "scale": o.scale, "decay": _decay(o), "w": c.beta}
+    same = {**config._asdict(), "scale": o.scale, "decay": _decay(o), "w": c.beta}
     sums = exact(c, o)
     q, v = (None if out.dot_q is None else (x, stride) for x, stride in ((c.q, c.s_q), (c.v, c.s_v)))
     run_sweep(

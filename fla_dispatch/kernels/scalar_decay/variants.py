@@ -91,24 +91,18 @@ def _chunk_configs(p: Problem) -> tuple[SegmentConfig, ...]:
 
 
 def _gluon_configs(p: Problem) -> tuple[GluonConfig, ...]:
-    """Configs that fit the device's shared memory, several stages first. Four warps hold the state of D = 128; two terms per
-    operand (gates in backward) and D = 256 want eight."""
-    wide = max(padded(p.K), padded(p.V))
+    """Configs that fit the device's shared memory. Stages hide the latency of memory; a second buffer lets the state run ahead."""
+    wide, tile = max(64, padded(p.K), padded(p.V)), 64 * 64
     terms = 2 if p.grad and p.flag("decay") == "token" else 1
-    if wide > 128:
-        found = (GluonConfig(64, 8, 2), GluonConfig(64, 8, 1))
-    elif wide > 64:
-        found = tuple(GluonConfig(64, warps, stages) for warps in ((8, 4) if terms == 2 else (4, 8)) for stages in (4, 3, 2))
-    else:
-        found = tuple(GluonConfig(64, 4, stages) for stages in (3, 2, 4))
+    sums = p.grad and (p.flag("decay") == "token" or "beta" in dict(p.dtypes))
+    partial = 4 if p.group > 1 and p.grad else 2
 
     def fits(c: GluonConfig) -> bool:
-        tile = 64 * c.BE
-        staged = 2 * 64 * wide + terms * tile  # row sums come with two terms
-        partial = 4 if p.group > 1 and p.grad else 2
-        return 2 * (c.stages * staged + terms * (64 * 64 + wide * c.BE + tile)) + partial * tile + 1024 <= p.device.shared_bytes
+        staged = 2 * 64 * wide + tile * (2 if sums else 1)
+        return 2 * (c.stages * staged + terms * (4 * tile + c.states * wide * 64)) + partial * tile + 1024 <= p.device.shared_bytes
 
-    return tuple(c for c in found if fits(c)) or found[-1:]
+    found = tuple(GluonConfig(*c) for c in ((3, 2), (4, 1), (4, 2), (3, 1), (2, 2), (2, 1), (1, 1)))
+    return tuple(c for c in found if fits(c))[:4] or found[-1:]
 
 
 def _recurrent_configs(p: Problem) -> tuple[RecurrentConfig, ...]:
