@@ -106,15 +106,16 @@ def score(
     t = gl.arange(0, BT, COLUMNS)
     inside = (r[:, None] <= t[None, :]) if REVERSE else (r[:, None] >= t[None, :])
     first = place(NT * 0, NT, REVERSE)
+    if DECAY == 0:
+        M = gl.where(inside, scale, 0.0)
     if DECAY == 1:
         lg = gl.load(g + p_gate).to(gl.float32) * LOG2E
         apart = (t[None, :] - r[:, None]) if REVERSE else (r[:, None] - t[None, :])
-        M = gl.exp2(gl.where(inside, apart.to(gl.float32) * lg, float("-inf")))
+        M = gl.exp2(gl.where(inside, apart.to(gl.float32) * lg, float("-inf"))) * scale
     if DECAY == 2:
-        next_r, next_t = vector(g + p_gate, first * BT + r, 1, length), vector(g + p_gate, first * BT + t, 1, length)
-        next_whole = whole_decay(g + p_gate, first, length, NT, BT)
+        next_r, next_whole = vector(g + p_gate, first * BT + r, 1, length), whole_decay(g + p_gate, first, length, NT, BT)
     if W == 2:
-        w_r, w_t = vector(w + p_token, first * BT + r, HV, length), vector(w + p_token, first * BT + t, HV, length)
+        w_r = vector(w + p_token, first * BT + r, HV, length)
     for i in range(NT):
         s = i % STAGES
         u = i % 2
@@ -126,16 +127,21 @@ def score(
         P = warpgroup_mma(staged[0].index(s), staged[1].index(s).permute((1, 0)), P, use_acc=False, is_async=True)
         if DECAY == 1:
             _, to_end = constant_decays(lg, r, n, BT, REVERSE)
-        if DECAY == 2:
+        if DECAY == 2:  # columns are read where rows have brought them into the cache: held from chunk to chunk they cost registers
             whole = next_whole
-            G_r, G_t = gl.where(r < n, next_r, whole), gl.where(t < n, next_t, whole)
-            next_r, next_t = vector(g + p_gate, i_next * BT + r, 1, length), vector(g + p_gate, i_next * BT + t, 1, length)
-            next_whole = whole_decay(g + p_gate, i_next, length, NT, BT)
+            G_r = gl.where(r < n, next_r, whole)
+            G_t = gl.where(t < n, vector(g + p_gate, i_t * BT + t, 1, length), whole)
+            next_r, next_whole = vector(g + p_gate, i_next * BT + r, 1, length), whole_decay(g + p_gate, i_next, length, NT, BT)
             to_end = gl.exp2(G_r) if REVERSE else gl.exp2(whole - G_r)
-            M = gl.exp2(gl.where(inside, (G_t[None, :] - G_r[:, None]) if REVERSE else (G_r[:, None] - G_t[None, :]), float("-inf")))
+            M = (
+                gl.exp2(gl.where(inside, (G_t[None, :] - G_r[:, None]) if REVERSE else (G_r[:, None] - G_t[None, :]), float("-inf")))
+                * scale
+            )
+        F = M
         if W == 2:
-            b_w, b_wt = w_r, w_t
-            w_r, w_t = vector(w + p_token, i_next * BT + r, HV, length), vector(w + p_token, i_next * BT + t, HV, length)
+            F = F * vector(w + p_token, i_t * BT + t, HV, length)[None, :]
+            b_w = w_r
+            w_r = vector(w + p_token, i_next * BT + r, HV, length)
         if WEIGHED:
             weigh = gl.full([BT], scale if REVERSE else 1.0, gl.float32, ROWS)
             if DECAY != 0:
@@ -148,12 +154,7 @@ def score(
             fence_async_shared()
             barrier()
             mbarrier.arrive(c_ready.index(u))
-        P = warpgroup_mma_wait(0, [P])
-        P = gl.where(inside, P, 0.0) if DECAY == 0 else P * M
-        if W == 2:
-            P = P * b_wt[None, :]
-        if REVERSE:
-            P = P * scale
+        P = warpgroup_mma_wait(0, [P]) * F
         mbarrier.wait(p_taken.index(u), parity(i, 2) ^ 1)
         put(P, p_sh, u * TERMS, EXACT)
         fence_async_shared()
@@ -266,8 +267,7 @@ def output(
         n = length - i_t * BT
         barrier()  # every warp has a S
         mbarrier.arrive(s_taken.index(i % STATES))
-        if DECAY != 0:
-            O = O * to_row[:, None]
+        O = O * (to_row if REVERSE else to_row * scale)[:, None]  # reversed, the state has the scale with its rows
         if W == 1:
             b_w = w_r
             w_r = vector(w + p_token, i_next * BT + r, HV, length)
@@ -282,8 +282,6 @@ def output(
             O = warpgroup_mma_wait(TERMS, [O])
         else:
             O = warpgroup_mma_wait(0, [O])
-        if not REVERSE:
-            O = O * scale
         if len(staged) > 3:  # before the row weight: reversed, the sum is the weight's gradient; forward in time rows have none
             X = staged[3].index(s).load(TILE).to(gl.float32)
             p_row = p_sum + (i_t * BT + r).to(gl.int64) * HV
