@@ -169,16 +169,20 @@ def state(
     D: gl.constexpr, E: gl.constexpr, SR: gl.constexpr, SC: gl.constexpr, DECAY: gl.constexpr, EXACT: gl.constexpr,
     WEIGHED: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr, STATES: gl.constexpr,
 ):  # fmt: skip
-    """S of each chunk's beginning, rounded for `output`, and S from chunk to chunk: the one chain that chunks form."""
+    """S of each chunk's beginning, rounded for `output`, and S from chunk to chunk: the one chain that chunks form.
+
+    S is held as [BE, BD]: products of 64 rows and many columns read least from shared memory, which is as busy as the matrix units.
+    """
     BT: gl.constexpr = staged[0].shape[1]
     BD: gl.constexpr = staged[0].shape[2]
     BE: gl.constexpr = staged[2].shape[2]
     TERMS: gl.constexpr = 2 if EXACT else 1
-    o_d = gl.arange(0, BD, ROWS)
-    o_e = i_e * BE + gl.arange(0, BE, COLUMNS)
-    m_s = (o_d < D)[:, None] & (o_e < E)[None, :]
-    p_s = o_d[:, None] * SR + o_e[None, :] * SC
-    S = gl.zeros([BD, BE], gl.float32, TILE)
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128 if BD > 128 else BD, 16])
+    o_e = i_e * BE + gl.arange(0, BE, gl.SliceLayout(1, LAYOUT))
+    o_d = gl.arange(0, BD, gl.SliceLayout(0, LAYOUT))
+    m_s = (o_e < E)[:, None] & (o_d < D)[None, :]
+    p_s = o_e[:, None] * SC + o_d[None, :] * SR
+    S = gl.zeros([BE, BD], gl.float32, LAYOUT)
     if s_in is not None:
         S = gl.load(s_in + p_state + p_s, mask=m_s, other=0.0).to(gl.float32)
     if DECAY == 1:
@@ -200,14 +204,13 @@ def state(
             S = S * gl.exp2(next_whole)
             next_whole = whole_decay(g + p_gate, place(i + 1, NT, REVERSE), length, NT, BT)
         mbarrier.wait(full.index(s), parity(i, STAGES))
-        b_T = staged[1].index(s).permute((1, 0))
         if WEIGHED:
             mbarrier.wait(c_ready.index(u), parity(i, 2))
-            S = warpgroup_mma(b_T, c_sh.index(u * TERMS), S, is_async=True)
+            S = warpgroup_mma(c_sh.index(u * TERMS).permute((1, 0)), staged[1].index(s), S, is_async=True)
             if EXACT:
-                S = warpgroup_mma(b_T, c_sh.index(u * TERMS + 1), S, is_async=True)
+                S = warpgroup_mma(c_sh.index(u * TERMS + 1).permute((1, 0)), staged[1].index(s), S, is_async=True)
         else:
-            S = warpgroup_mma(b_T, staged[2].index(s), S, is_async=True)
+            S = warpgroup_mma(staged[2].index(s).permute((1, 0)), staged[1].index(s), S, is_async=True)
         S = warpgroup_mma_wait(0, [S])
         barrier()  # no warp reads the stage or the weighted rows any more
         if WEIGHED:
@@ -221,15 +224,15 @@ def state(
 def from_state(tile_a, s_sh, i, full, s_ready, more, STAGES: gl.constexpr, STATES: gl.constexpr, EXACT: gl.constexpr):
     """Start a S of chunk i, once both are there; where there is no such chunk (more), of whatever is in memory, to no use."""
     BT: gl.constexpr = tile_a.shape[1]
-    BE: gl.constexpr = s_sh.shape[2]
+    BE: gl.constexpr = s_sh.shape[1]
     TERMS: gl.constexpr = 2 if EXACT else 1
     s = i % STAGES
     mbarrier.wait(full.index(s), parity(i, STAGES), pred=more)
     mbarrier.wait(s_ready.index(i % STATES), parity(i, STATES), pred=more)
     O = gl.zeros([BT, BE], gl.float32, TILE)
-    O = warpgroup_mma(tile_a.index(s), s_sh.index(i % STATES * TERMS), O, use_acc=False, is_async=True)
+    O = warpgroup_mma(tile_a.index(s), s_sh.index(i % STATES * TERMS).permute((1, 0)), O, use_acc=False, is_async=True)
     if EXACT:
-        O = warpgroup_mma(tile_a.index(s), s_sh.index(i % STATES * TERMS + 1), O, is_async=True)
+        O = warpgroup_mma(tile_a.index(s), s_sh.index(i % STATES * TERMS + 1).permute((1, 0)), O, is_async=True)
     return O
 
 

@@ -120,7 +120,7 @@ def gluon_sweep(
         rows = (rows_a, rows_b, rows_c)
         staged = (tile_a, tile_b, tile_c)
     p_sh = gl.allocate_shared_memory(dtype, [2 * TERMS, BT, BT], gl.NVMMASharedLayout.get_default_for([BT, BT], dtype))
-    s_sh = gl.allocate_shared_memory(dtype, [STATES * TERMS, BD, BE], gl.NVMMASharedLayout.get_default_for([BD, BE], dtype))
+    s_sh = gl.allocate_shared_memory(dtype, [STATES * TERMS, BE, BD], gl.NVMMASharedLayout.get_default_for([BE, BD], dtype))
     if WEIGHED:
         c_sh = gl.allocate_shared_memory(dtype, [2 * TERMS, BT, BE], rows_c.layout)
     else:
