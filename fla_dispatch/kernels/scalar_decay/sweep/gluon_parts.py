@@ -1,6 +1,6 @@
 """What the warps of one `gluon_sweep` block do, by partition. All walk over the same chunks i = 0, 1, ... in time order.
 
-    load    a, b, c (and x) of chunk i into stage i % STAGES                                       one warp
+    load    a, b, c or x of chunk i into stage i % STAGES                                          one warp each
     score   P = mask decay weight a b^T, and the weighted rows of c, each into one of two buffers  four warps
     state   S into a buffer for `output`, then S <- decay S + b^T (weighted c)                     four warps
     output  o = decay (a S) + P c; the next chunk's a S runs under the end of this one             four warps
@@ -80,18 +80,24 @@ def put(value, shared, at, EXACT: gl.constexpr):
 
 
 @gluon.jit
-def load(rows, staged, full, empty, NT, i_e, REVERSE: gl.constexpr, STAGES: gl.constexpr):
-    """Copies of chunk after chunk, as stages come free."""
-    BT: gl.constexpr = staged[0].shape[1]
-    BD: gl.constexpr = staged[0].shape[2]
-    BE: gl.constexpr = staged[2].shape[2]
-    for i in range(NT):
-        s = i % STAGES
-        row = place(i, NT, REVERSE) * BT
-        mbarrier.wait(empty.index(s), parity(i, STAGES) ^ 1)
-        mbarrier.expect(full.index(s), (2 * BT * BD + (len(rows) - 2) * BT * BE) * 2)
-        for j in gl.static_range(len(rows)):
-            copy_in(rows[j], [row, 0 if j < 2 else i_e * BE], full.index(s), staged[j].index(s))
+def rows_of(p, length, stride, D: gl.constexpr, BT: gl.constexpr, BD: gl.constexpr):
+    """A descriptor of rows [length, D] in tiles of [BT, BD]; zero outside of them."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BT, BD], p.dtype.element_ty)
+    return tma.make_tensor_descriptor(p, shape=[gl.maximum(length, 1), D], strides=[stride, 1], block_shape=[BT, BD], layout=layout)
+
+
+@gluon.jit
+def load(p, offset, stride, staged, full, empty, length, NT, column, D: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr):
+    """Copies of one operand, chunk after chunk, as stages come free; none of an operand that is None."""
+    if p is not None:
+        BT: gl.constexpr = staged.shape[1]
+        BD: gl.constexpr = staged.shape[2]
+        rows = rows_of(p + offset, length, stride, D, BT, BD)
+        for i in range(NT):
+            s = i % STAGES
+            mbarrier.wait(empty.index(s), parity(i, STAGES) ^ 1)
+            mbarrier.expect(full.index(s), BT * BD * 2)
+            copy_in(rows, [place(i, NT, REVERSE) * BT, column], full.index(s), staged.index(s))
 
 
 @gluon.jit
@@ -238,14 +244,15 @@ def from_state(tile_a, s_sh, i, full, s_ready, more, STAGES: gl.constexpr, STATE
 
 @gluon.jit
 def output(
-    staged, full, empty, p_sh, p_ready, p_taken, s_sh, s_ready, s_taken, tile_o, rows_o, g, w, skip, dot, dot_c, p_gate, p_token, p_sum,
-    i_hv, i_e, length, NT, scale, HV, REVERSE: gl.constexpr, DECAY: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr,
-    STAGES: gl.constexpr, STATES: gl.constexpr,
+    staged, full, empty, p_sh, p_ready, p_taken, s_sh, s_ready, s_taken, tile_o, o, s_o, g, w, skip, dot, dot_c, p_gate, p_token, p_sum,
+    i_hv, i_e, length, NT, scale, HV, E: gl.constexpr, REVERSE: gl.constexpr, DECAY: gl.constexpr, W: gl.constexpr,
+    EXACT: gl.constexpr, STAGES: gl.constexpr, STATES: gl.constexpr,
 ):  # fmt: skip
     """o of chunk after chunk, with its skip, its weights of rows and the row sums with x."""
     BT: gl.constexpr = staged[0].shape[1]
     BE: gl.constexpr = staged[2].shape[2]
     TERMS: gl.constexpr = 2 if EXACT else 1
+    rows_o = rows_of(o + p_token * E, length, s_o, E, BT, BE)
     AHEAD: gl.constexpr = STAGES > 1  # the next chunk has a stage while this one still holds its own
     r = gl.arange(0, BT, ROWS)
     first = place(NT * 0, NT, REVERSE)
@@ -285,7 +292,7 @@ def output(
             O = warpgroup_mma_wait(TERMS, [O])
         else:
             O = warpgroup_mma_wait(0, [O])
-        if len(staged) > 3:  # before the row weight: reversed, the sum is the weight's gradient; forward in time rows have none
+        if dot is not None:  # before the row weight: reversed, the sum is the weight's gradient; forward in time rows have none
             X = staged[3].index(s).load(TILE).to(gl.float32)
             p_row = p_sum + (i_t * BT + r).to(gl.int64) * HV
             gl.store(dot + p_row, gl.sum(O * X, 1), mask=r < n)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ..._shared.gluon_names import barrier
 from ..._shared.launch import launch, tile
@@ -20,13 +20,6 @@ from .host import Call, tiles
 #: Tokens per chunk, and columns of the state in a block.
 CHUNK = 64
 COLUMNS = 64
-
-
-@gluon.jit
-def rows_of(p, length, stride, D: gl.constexpr, BT: gl.constexpr, BD: gl.constexpr):
-    """A descriptor of rows [length, D] in tiles of [BT, BD]; zero outside of them."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BT, BD], p.dtype.element_ty)
-    return tma.make_tensor_descriptor(p, shape=[gl.maximum(length, 1), D], strides=[stride, 1], block_shape=[BT, BD], layout=layout)
 
 
 @gluon.jit
@@ -100,32 +93,29 @@ def gluon_sweep(
     p_sum = i_e * total.to(gl.int64) * HV + p_token
     p_state = i_nh.to(gl.int64) * D * E
     p_gate = i_hv * total.to(gl.int64) + begin if DECAY == 2 else i_hv.to(gl.int64)
-    rows_o = rows_of(o + p_token * E, length, HV * E, E, BT, BE)
-    rows_a = rows_of(a + begin * s_a + (i_h if SHARED & 1 else i_hv) * D, length, s_a, D, BT, BD)
-    rows_b = rows_of(b + begin * s_b + (i_h if SHARED & 2 else i_hv) * D, length, s_b, D, BT, BD)
-    rows_c = rows_of(c + begin * s_c + (i_h if SHARED & 4 else i_hv) * E, length, s_c, E, BT, BE)
+    p_a = begin * s_a + (i_h if SHARED & 1 else i_hv) * D
+    p_b = begin * s_b + (i_h if SHARED & 2 else i_hv) * D
+    p_c = begin * s_c + (i_h if SHARED & 4 else i_hv) * E
+    p_x = begin * s_x + (i_h if SHARED & 8 else i_hv) * E
     dtype: gl.constexpr = c.dtype.element_ty
     TERMS: gl.constexpr = 2 if EXACT else 1
     WEIGHED: gl.constexpr = W == 2 or DECAY != 0 or REVERSE
-    tile_a = gl.allocate_shared_memory(dtype, [STAGES, BT, BD], rows_a.layout)
-    tile_b = gl.allocate_shared_memory(dtype, [STAGES, BT, BD], rows_b.layout)
-    tile_c = gl.allocate_shared_memory(dtype, [STAGES, BT, BE], rows_c.layout)
-    tile_o = gl.allocate_shared_memory(o.dtype.element_ty, [BT, BE], rows_o.layout)
-    if x is not None:
-        rows_x = rows_of(x + begin * s_x + (i_h if SHARED & 8 else i_hv) * E, length, s_x, E, BT, BE)
-        tile_x = gl.allocate_shared_memory(dtype, [STAGES, BT, BE], rows_x.layout)
-        rows = (rows_a, rows_b, rows_c, rows_x)
-        staged = (tile_a, tile_b, tile_c, tile_x)
-    else:
-        rows = (rows_a, rows_b, rows_c)
-        staged = (tile_a, tile_b, tile_c)
-    p_sh = gl.allocate_shared_memory(dtype, [2 * TERMS, BT, BT], gl.NVMMASharedLayout.get_default_for([BT, BT], dtype))
-    s_sh = gl.allocate_shared_memory(dtype, [STATES * TERMS, BE, BD], gl.NVMMASharedLayout.get_default_for([BE, BD], dtype))
+    LOADS: gl.constexpr = 3 if x is None else 4
+    wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BT, BD], dtype)
+    narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BT, BE], dtype)
+    tile_a = gl.allocate_shared_memory(dtype, [STAGES, BT, BD], wide)
+    tile_b = gl.allocate_shared_memory(dtype, [STAGES, BT, BD], wide)
+    tile_c = gl.allocate_shared_memory(dtype, [STAGES, BT, BE], narrow)
+    tile_x = tile_c if x is None else gl.allocate_shared_memory(dtype, [STAGES, BT, BE], narrow)
+    tile_o = gl.allocate_shared_memory(o.dtype.element_ty, [BT, BE], gl.NVMMASharedLayout.get_default_for([BT, BE], o.dtype.element_ty))
+    staged = (tile_a, tile_b, tile_c, tile_x)
+    p_sh = gl.allocate_shared_memory(dtype, [2 * TERMS, BT, BT], narrow)
+    s_sh = gl.allocate_shared_memory(dtype, [STATES * TERMS, BE, BD], wide)
     if WEIGHED:
-        c_sh = gl.allocate_shared_memory(dtype, [2 * TERMS, BT, BE], rows_c.layout)
+        c_sh = gl.allocate_shared_memory(dtype, [2 * TERMS, BT, BE], narrow)
     else:
         c_sh = tile_c
-    full, empty = barriers(STAGES, 1), barriers(STAGES, 3)  # `score`, `state` and `output` give a stage back
+    full, empty = barriers(STAGES, LOADS), barriers(STAGES, 3)  # `score`, `state` and `output` give a stage back
     p_ready, p_taken, c_ready, c_taken = barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1)
     s_ready, s_taken = barriers(STATES, 1), barriers(STATES, 1)
     fence_async_shared()
@@ -136,8 +126,8 @@ def gluon_sweep(
             (
                 output,
                 (
-                    staged, full, empty, p_sh, p_ready, p_taken, s_sh, s_ready, s_taken, tile_o, rows_o, g, w, skip, dot, dot_c,
-                    p_gate, p_token, p_sum, i_hv, i_e, length, NT, scale, HV, REVERSE, DECAY, W, EXACT, STAGES, STATES,
+                    staged, full, empty, p_sh, p_ready, p_taken, s_sh, s_ready, s_taken, tile_o, o, HV * E, g, w, skip, dot,
+                    dot_c, p_gate, p_token, p_sum, i_hv, i_e, length, NT, scale, HV, E, REVERSE, DECAY, W, EXACT, STAGES, STATES,
                 ),
             ),
             (
@@ -154,10 +144,13 @@ def gluon_sweep(
                     D, E, SR, SC, DECAY, EXACT, WEIGHED, REVERSE, STAGES, STATES,
                 ),
             ),
-            (load, (rows, staged, full, empty, NT, i_e, REVERSE, STAGES)),
+            (load, (a, p_a, s_a, tile_a, full, empty, length, NT, 0, D, REVERSE, STAGES)),
+            (load, (b, p_b, s_b, tile_b, full, empty, length, NT, 0, D, REVERSE, STAGES)),
+            (load, (c, p_c, s_c, tile_c, full, empty, length, NT, i_e * BE, E, REVERSE, STAGES)),
+            (load, (x, p_x, s_x, tile_x, full, empty, length, NT, i_e * BE, E, REVERSE, STAGES)),
         ],
-        [4, 4, 1],
-        [144, 208 if WIDE else 152, 40],
+        [4, 4, 1, 1, 1, 1],
+        [144, 208 if WIDE else 152, 40, 40, 40, 40],
     )  # fmt: skip
 
 
