@@ -158,7 +158,7 @@ VARIANTS = (
             Dim("V", 1, 256), Flag("decay", ("none", "head", "token")), Flag("normalize", ("false",)),
             Rule("Hopper", ("interpret", "device", "K", "V"), _hopper),
         ),
-        gluon_cost, _gluon_configs, "the sweep for Hopper, with products that run side by side",
+        gluon_cost, _gluon_configs, "the sweep for Hopper: scores, state and output of a chunk in warps of their own",
     ),
     Variant(
         "chunk_triton", f"{__package__}.chunk_triton", _PRODUCTS, chunk_cost, _chunk_configs,

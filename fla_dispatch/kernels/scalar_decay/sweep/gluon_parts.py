@@ -11,7 +11,7 @@ free for the k-th time waits for the other parity of `..._taken` (`empty`), whic
 warps of its partition before, and has fenced what it wrote for the matrix units or for copies.
 
 Every operand of a product is in shared memory: register operands of products in flight are miscompiled by the ptxas of these
-releases (decision 0003 has a relative). Tiles are [64, 64] and [D, 64] in one layout of registers.
+releases (decision 0003 has a relative).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..._shared.gluon_names import barrier, copy_in, copy_out
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
-#: Rows of a warp in an accumulator of 64 columns.
+#: Registers of an accumulator of [64, 64], of a vector over its rows, and of one over its columns.
 TILE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 ROWS = gl.constexpr(gl.SliceLayout(1, TILE.value))
 COLUMNS = gl.constexpr(gl.SliceLayout(0, TILE.value))
@@ -68,6 +68,15 @@ def constant_decays(lg, r, n, BT: gl.constexpr, REVERSE: gl.constexpr):
         return behind, ahead
     else:
         return ahead, behind
+
+
+@gluon.jit
+def token_decays(G, whole, r, n, REVERSE: gl.constexpr):
+    """Decays to each row from cumulative log2 decays, of which n rows have one."""
+    if REVERSE:
+        return gl.exp2(whole - gl.where(r < n, G, whole))
+    else:
+        return gl.exp2(gl.where(r < n, G, whole))
 
 
 @gluon.jit
@@ -133,16 +142,14 @@ def score(
         P = warpgroup_mma(staged[0].index(s), staged[1].index(s).permute((1, 0)), P, use_acc=False, is_async=True)
         if DECAY == 1:
             _, to_end = constant_decays(lg, r, n, BT, REVERSE)
-        if DECAY == 2:  # columns are read where rows have brought them into the cache: held from chunk to chunk they cost registers
+        if DECAY == 2:  # columns are read when rows have brought them into the cache: held from chunk to chunk, they cost registers
             whole = next_whole
             G_r = gl.where(r < n, next_r, whole)
             G_t = gl.where(t < n, vector(g + p_gate, i_t * BT + t, 1, length), whole)
             next_r, next_whole = vector(g + p_gate, i_next * BT + r, 1, length), whole_decay(g + p_gate, i_next, length, NT, BT)
             to_end = gl.exp2(G_r) if REVERSE else gl.exp2(whole - G_r)
-            M = (
-                gl.exp2(gl.where(inside, (G_t[None, :] - G_r[:, None]) if REVERSE else (G_r[:, None] - G_t[None, :]), float("-inf")))
-                * scale
-            )
+            apart = (G_t[None, :] - G_r[:, None]) if REVERSE else (G_r[:, None] - G_t[None, :])
+            M = gl.exp2(gl.where(inside, apart, float("-inf"))) * scale
         F = M
         if W == 2:
             F = F * vector(w + p_token, i_t * BT + t, HV, length)[None, :]
@@ -262,7 +269,7 @@ def output(
         to_row, _ = constant_decays(lg, r, length - first * BT, BT, REVERSE)
     if DECAY == 2:
         G_r, whole = vector(g + p_gate, first * BT + r, 1, length), whole_decay(g + p_gate, first, length, NT, BT)
-        to_row = gl.exp2(whole - gl.where(r < length - first * BT, G_r, whole)) if REVERSE else gl.exp2(G_r)
+        to_row = token_decays(G_r, whole, r, length - first * BT, REVERSE)
     if W == 1:
         w_r = vector(w + p_token, first * BT + r, HV, length)
     if skip is not None:
@@ -315,6 +322,6 @@ def output(
         if DECAY == 1:
             to_row, _ = constant_decays(lg, r, length - i_next * BT, BT, REVERSE)
         if DECAY == 2:
-            to_row = gl.exp2(whole - gl.where(r < length - i_next * BT, G_r, whole)) if REVERSE else gl.exp2(G_r)
+            to_row = token_decays(G_r, whole, r, length - i_next * BT, REVERSE)
         O = warpgroup_mma_wait(0, [ahead])
     tma.store_wait(0)

@@ -120,7 +120,7 @@ def gluon_sweep(
     s_ready, s_taken = barriers(STATES, 1), barriers(STATES, 1)
     fence_async_shared()
     barrier()
-    WIDE: gl.constexpr = BD > 128
+    WIDE: gl.constexpr = BD > 128  # the state has 128 registers a thread, else 64 at most; `output` has what the others leave
     gl.warp_specialize(
         [
             (
@@ -150,7 +150,7 @@ def gluon_sweep(
             (load, (x, p_x, s_x, tile_x, full, empty, length, NT, i_e * BE, E, REVERSE, STAGES)),
         ],
         [4, 4, 1, 1, 1, 1],
-        [144, 208 if WIDE else 152, 40, 40, 40, 40],
+        [144 if WIDE else 160, 208 if WIDE else 160, 40, 40, 40, 40],
     )  # fmt: skip
 
 
