@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"))
     parser.add_argument("--cases", nargs="+", default=["retention:4,4096,16,128"])
-    parser.add_argument("--variants", default="sweep_triton,chunk_triton")
+    parser.add_argument("--variants", default="sweep_triton,sweep_gluon,chunk_triton")
     parser.add_argument("--rep", type=int, default=15, help="milliseconds of repetition per timing")
     parser.add_argument("--processes", type=int, default=14)
     given = parser.parse_args()

@@ -39,6 +39,13 @@ class StatesConfig(NamedTuple):
     stages: int
 
 
+class GluonConfig(NamedTuple):
+    """Stages of the copies; buffers of the rounded state. Chunks have 64 tokens, output tiles 64 columns."""
+
+    stages: int
+    states: int
+
+
 class RecurrentConfig(NamedTuple):
     """BE: width of an output tile; warps of a block."""
 

@@ -18,6 +18,7 @@ from ...problem import Problem
 from ...registry import Direction
 from .._shared.cost import torch_seconds
 from .._shared.launch import tile
+from .configs import SweepConfig
 
 FILE = Path(__file__).with_name("costs.json")
 
@@ -334,6 +335,11 @@ def states_cost(p: Problem, config: Any, direction: Direction) -> float:
     moved = item_bytes(p) * tokens(p) * (wide + states * p.K * p.V / 64)
     waves = max(1.0, tokens(p) / 64 / config.HEADS / (2 * p.device.units))
     return UNTRIED * (moved / (0.5 * p.device.bandwidth) * -(-waves // 1) / waves + (9 if direction.backward else 5) * 1e-5)
+
+
+def gluon_cost(p: Problem, config: Any, direction: Direction) -> float:
+    """As the sweep in Triton with descriptors, and a little more until it is fitted: it is tried, and not taken unmeasured."""
+    return 1.1 * sweep_cost(p, SweepConfig(64, 64, 4, config.stages, split=True, tma=True), direction)
 
 
 def torch_cost(p: Problem, config: Any, direction: Direction) -> float:

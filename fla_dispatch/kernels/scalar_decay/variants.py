@@ -8,8 +8,10 @@ from ...problem import Problem
 from ...registry import Recurrence, Variant
 from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package, Rule, SharedMemory
 from . import recurrence
-from .configs import RecurrentConfig, SegmentConfig, StatesConfig, SweepConfig, TorchConfig
-from .costs import chunk_cost, item_bytes, padded, recurrent_cost, reference_cost, states_cost, sweep_cost, tokens, torch_cost
+from .configs import GluonConfig, RecurrentConfig, SegmentConfig, StatesConfig, SweepConfig, TorchConfig
+from .costs import (
+    chunk_cost, gluon_cost, item_bytes, padded, recurrent_cost, reference_cost, states_cost, sweep_cost, tokens, torch_cost,
+)  # fmt: skip
 from .workload import WORKLOAD
 
 HALF = ("bfloat16", "float16")
@@ -106,6 +108,21 @@ def _states_configs(p: Problem) -> tuple[StatesConfig, ...]:
     return tuple(StatesConfig(segment, h, warps, 2 if h > 1 else 1) for h in heads for warps in (8, 4))
 
 
+def _gluon_configs(p: Problem) -> tuple[GluonConfig, ...]:
+    """Configs that fit the device's shared memory. Stages hide the latency of memory; a second buffer lets the state run ahead."""
+    wide, tile = max(64, padded(p.K), padded(p.V)), 64 * 64
+    terms = 2 if p.grad and p.flag("decay") == "token" else 1
+    sums = p.grad and (p.flag("decay") == "token" or "beta" in dict(p.dtypes))
+    partial = 4 if p.group > 1 and p.grad else 2
+
+    def fits(c: GluonConfig) -> bool:
+        staged = 2 * 64 * wide + tile * (2 if sums else 1)
+        return 2 * (c.stages * staged + terms * (4 * tile + c.states * wide * 64)) + partial * tile + 1024 <= p.device.shared_bytes
+
+    found = tuple(GluonConfig(*c) for c in ((3, 2), (4, 1), (4, 2), (3, 1), (2, 2), (2, 1), (1, 1)))
+    return tuple(c for c in found if fits(c))[:4] or found[-1:]
+
+
 def _recurrent_configs(p: Problem) -> tuple[RecurrentConfig, ...]:
     """A block holds 64 columns of the state, 64 float32 registers a thread at D = 128: rows of 256 bytes reach 4 TB/s in decode."""
     wide = max(padded(p.K), padded(p.V))
@@ -134,12 +151,32 @@ def _interpretable(p: Problem) -> tuple[str, str, str] | None:
     return None
 
 
+def _hopper(p: Problem) -> tuple[str, str, str] | None:
+    """The kernel speaks to the matrix units of sm90 and its tensor descriptors, and has no interpreter."""
+    if p.device.arch_number != 90:
+        return p.device.arch, "sm90", "use sweep_triton"
+    if p.interpret:
+        return "the interpreter", "a GPU", "use sweep_triton"
+    if any(d * 2 % 16 for d in (p.K, p.V)):
+        return f"head dims {p.K} and {p.V}", "multiples of 8", "pad q, k and v, or use sweep_triton"
+    return None
+
+
 _PRODUCTS = (*_TRITON, SharedMemory(_least_shared), Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable))
 
 VARIANTS = (
     Variant(
         "sweep_triton", f"{__package__}.sweep_triton", _PRODUCTS, sweep_cost, _sweep_configs,
         "one launch forward, one backward; the state of a sequence stays in registers",
+    ),
+    Variant(
+        "sweep_gluon", f"{__package__}.sweep_gluon",
+        (
+            Gpu(nvidia_min=90), Package("triton", (3, 6)), DTypes("qkv", HALF), DTypes("g", FLOAT), DTypes("beta", FLOAT), Dim("K", 1, 256),
+            Dim("V", 1, 256), Flag("decay", ("none", "head", "token")), Flag("normalize", ("false",)),
+            Rule("Hopper", ("interpret", "device", "K", "V"), _hopper),
+        ),
+        gluon_cost, _gluon_configs, "the sweep for Hopper: scores, state and output of a chunk in warps of their own",
     ),
     Variant(
         "chunk_triton", f"{__package__}.chunk_triton", _PRODUCTS, chunk_cost, _chunk_configs,

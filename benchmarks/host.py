@@ -1,0 +1,117 @@
+"""What the host does in a call, part by part: microseconds of a decoding step and of a small training call, back to back on a GPU.
+
+    python -m benchmarks.host --out results
+
+Each part is timed by itself with the arguments of a real call; `compiled` is the kernel's own launcher in Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+import fla_dispatch as fd
+from fla_dispatch.kernels._shared import launch as launching
+from fla_dispatch.kernels.scalar_step.cases import Sizes, make_inputs
+
+from .common import write
+
+
+def us(call: Callable[[], object], calls: int = 300, rounds: int = 7) -> float:
+    """Median over rounds of back-to-back calls, without waiting for the device inside a round."""
+    for _ in range(20):
+        call()
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        begin = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter_ns() - begin) / calls / 1e3)
+    torch.cuda.synchronize()
+    return round(statistics.median(times), 2)
+
+
+def caught(name: str, call: Callable[[], object]) -> tuple[Any, ...]:
+    """The arguments with which a call reaches a function of the launch module."""
+    with mock.patch.object(launching, name, wraps=getattr(launching, name)) as spy:
+        call()
+    return tuple(spy.call_args.args)
+
+
+def step() -> dict[str, float]:
+    """Parts of `retention_step` at B = 1, H = 32, D = 128, with slots."""
+    x = make_inputs("retention_step", Sizes(1, 32, 32, 128, 128), torch.bfloat16, "cuda", pool="slots")
+    handle = fd.op("retention_step")
+    call = lambda: handle(*x.args, **x.kwargs)  # noqa: E731
+    call()
+    v = x.args[2]
+    run, args, options, _ = caught("_call", call)
+    whole = caught("_run", call)
+    low = handle.contract(*x.args, **x.kwargs)
+    plan = handle.bridge.plans.lookup(low.tensors, low.options, False, None)
+    bound = handle.bind(*x.args, **x.kwargs)
+    named = {name: y for name, y in x.kwargs.items() if isinstance(y, torch.Tensor)}
+    return {
+        "torch.add": us(lambda: torch.add(v, v)),
+        "output": us(lambda: v.new_empty(v.shape)),
+        "compiled": us(lambda: run(*args, **options)),
+        "launch": us(lambda: launching._run(*whole)),
+        "variant": us(lambda: plan.forward(plan.forward_config, low.tensors, low.options)),
+        "contract": us(lambda: handle.contract(*x.args, **x.kwargs)),
+        "plan": us(lambda: handle.bridge.plans.lookup(low.tensors, low.options, False, None)),
+        "bound handle": us(lambda: bound(*x.args, **named)),
+        "handle": us(call),
+    }
+
+
+class Bare(torch.autograd.Function):
+    """Three tensors in, one out, nothing computed."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*given)
+        return torch.empty_like(given[-1])
+
+    @staticmethod
+    def backward(ctx: Any, do: torch.Tensor) -> Any:
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+
+def training() -> dict[str, float]:
+    """`retention` at 64 tokens, forward and backward, beside a bare function; with autograd in its thread and in the caller's."""
+    given = [torch.randn(1, 64, 4, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    handle, do = fd.op("retention"), torch.randn_like(given[2])
+    ours = lambda: torch.autograd.grad(handle(*given)[0], given, do)  # noqa: E731
+    bare = lambda: torch.autograd.grad(Bare.apply(*given), given, do)  # noqa: E731
+    found = {}
+    for where, several in (("", True), (", one thread", False)):
+        with torch.autograd.set_multithreading_enabled(several):
+            found["retention forward + backward" + where] = us(ours, 100)
+            found["bare function forward + backward" + where] = us(bare, 100)
+    with torch.no_grad():
+        found["retention forward"] = us(lambda: handle(*given), 100)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"))
+    given = parser.parse_args()
+    with torch.no_grad():
+        found = step()
+    found |= training()
+    for name, value in found.items():
+        print(f"{value:8.2f} us  {name}")
+    write(given.out, "host", rows=[found])
+
+
+if __name__ == "__main__":
+    main()
