@@ -10,7 +10,16 @@ from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package, Rule, Shared
 from . import recurrence
 from .configs import GluonConfig, RecurrentConfig, SegmentConfig, StatesConfig, SweepConfig, TorchConfig
 from .costs import (
-    chunk_cost, gluon_cost, item_bytes, padded, recurrent_cost, reference_cost, states_cost, sweep_cost, tokens, torch_cost,
+    chunk_cost,
+    gluon_cost,
+    item_bytes,
+    padded,
+    recurrent_cost,
+    reference_cost,
+    states_cost,
+    sweep_cost,
+    tokens,
+    torch_cost,
 )  # fmt: skip
 from .workload import WORKLOAD
 
@@ -185,7 +194,7 @@ VARIANTS = (
     Variant(
         "states_triton", f"{__package__}.states_triton",
         (
-            *_TRITON[:2], DTypes("qkv", HALF), *_TRITON[3:6], Dim("K", 1, 128), Dim("V", 1, 128), _TRITON[-1],
+            *_TRITON[:6], Dim("K", 1, 128), Dim("V", 1, 128), _TRITON[-1],
             Flag("normalize", ("false",)),
             SharedMemory(_states_shared), Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable),
         ),
