@@ -85,8 +85,8 @@ def _least_shared(p: Problem) -> int:
 
 
 def _states_shared(p: Problem) -> int:
-    """Shared memory of one block of the gradients without pipelining: q, k, v, do, two states, and an operand of 64 x 64."""
-    return item_bytes(p) * (128 * (padded(p.K) + padded(p.V)) + 2 * padded(p.K) * padded(p.V) + 64 * 64)
+    """Shared memory of one block of dk and dv without pipelining: q, k, v, do, a state, an operand of 64 x 64 and a weighted one."""
+    return item_bytes(p) * (128 * padded(p.K) + 192 * padded(p.V) + padded(p.K) * padded(p.V) + 64 * 64)
 
 
 def _segment(p: Problem) -> int:

@@ -1,7 +1,7 @@
 """States at the ends of chunks, equation (7), rounded to the inputs' dtype: S before each, or dS after each when REVERSE.
 
 Grid: (units * HV * tiles of V). A unit is a segment of SEG tokens whose incoming state is given; chunk j of unit u is row
-u * SEG / BT + j of the result. Nothing but b and c is read.
+u * SEG / BT + j of the result. Chunks past a sequence's end are left as they are.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def chunk_states(
     cu,  # [N + 1] or None
     offsets,  # [N + 1] or None
     states,  # [units * SEG / BT, HV, K, V]
+    beside,  # the same of the other direction of time, or None
+    overlap,  # [NV, units * SEG / BT, HV] float32: inner products of a state with the one beside, or None
     T,
     N,
     total,
@@ -71,8 +73,12 @@ def chunk_states(
     for i in tl.range(0, NT, num_stages=STAGES):
         i_t = (NT - 1 - i) if REVERSE else i
         n = length - i_t * BT
-        p_row = states + ((first + i_t) * HV + i_hv) * K * V
-        tl.store(p_row + p_s, b_s.to(states.dtype.element_ty), mask=m_s)
+        row = (first + i_t) * HV + i_hv
+        tl.store(states + row * K * V + p_s, b_s.to(states.dtype.element_ty), mask=m_s)
+        if overlap is not None:
+            b_x = tl.load(beside + row * K * V + p_s, mask=m_s, other=0.0).to(tl.float32)
+            plane = tl.num_programs(0) // NV * tl.cast(SEG // BT, tl.int64)
+            tl.store(overlap + i_v * plane + row, tl.sum(tl.sum(b_s * b_x, 1), 0))
         b_b = load_tile(rows_b, length, s_b, i_t, 0, K, BT, BK, False)
         b_c = load_tile(rows_c, length, s_c, i_t, i_v, V, BT, BV, False)
         weigh = tl.full([BT], scale if REVERSE else 1.0, tl.float32)
@@ -99,6 +105,7 @@ def run_store(
     s_x: int,
     w: torch.Tensor | None,
     start: torch.Tensor,
+    beside: torch.Tensor | None = None,
     *,
     reverse: bool,
     SEG: int,
@@ -107,15 +114,19 @@ def run_store(
     offsets: torch.Tensor | None,
     warps: int,
     stages: int,
-) -> torch.Tensor:
-    """[units * SEG / BT, HV, K, V]: states before each chunk with b = k and x = v; with reverse, b = q and x = do, gradients after each."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[units * SEG / BT, HV, K, V]: states before each chunk with b = k and x = v; with reverse, b = q and x = do, gradients after each.
+
+    And, where states are given to compare with, the inner products with them, [tiles of V, units * SEG / BT, HV] float32.
+    """
     BV = min(64, padded(c)[1])
     states = c.q.new_empty((units * (SEG // BT), c.HV, c.K, c.V))
+    overlap = None if beside is None else c.q.new_empty((tiles(c.V, BV), *states.shape[:2]), dtype=torch.float32)
     same = constants(c, o)
     launch(
         chunk_states,
         (units * c.HV * tiles(c.V, BV),),
-        (b, x, c.g, w, start, c.cu, offsets, states, c.T, c.N, c.B * c.T, o.scale, s_b, s_x, SEG, c.H, c.HV),
+        (b, x, c.g, w, start, c.cu, offsets, states, beside, overlap, c.T, c.N, c.B * c.T, o.scale, s_b, s_x, SEG, c.H, c.HV),
         {
             "K": c.K, "V": c.V, "BK": padded(c)[0], "BV": BV, "BT": BT, "DECAY": same["DECAY"], "REVERSE": reverse,
             "PACKED": same["PACKED"], "PRECISION": same["PRECISION"], "STAGES": stages,
@@ -123,4 +134,4 @@ def run_store(
         warps,
         stages,
     )  # fmt: skip
-    return states
+    return states, overlap
