@@ -16,7 +16,7 @@ from fla_dispatch.dispatch.bridge import get_bridge
 
 def graphs(counter: CompileCounterWithBackend) -> int:
     """Graphs that hold an op (Dynamo also hands over an empty one where it starts a frame again)."""
-    return sum("scalar_decay" in graph.print_readable(print_output=False) for graph in counter.graphs)
+    return sum("fla_dispatch." in graph.print_readable(print_output=False) for graph in counter.graphs)
 
 
 @pytest.fixture(autouse=True)

@@ -34,9 +34,14 @@ def normalized(x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     return (w * torch.rsqrt((w * w).sum(-1, keepdim=True) + NORM_EPS)).to(x.dtype)
 
 
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """The logistic function, with a gradient that keeps its digits where it saturates: sigmoid(-x), not 1 - sigmoid(x)."""
+    return F.logsigmoid(x).exp()
+
+
 def weight(beta: torch.Tensor, doubled: bool, wide: torch.dtype) -> torch.Tensor:
     """The weight of an update from its logit: in (0, 1), or in (0, 2)."""
-    x = torch.sigmoid(beta.to(wide))
+    x = sigmoid(beta.to(wide))
     return 2 * x if doubled else x
 
 
@@ -49,7 +54,7 @@ def log_decay(g: torch.Tensor, gate: Gate, wide: torch.dtype) -> torch.Tensor:
     if rate is not None and g.dim() == 4:
         rate = rate[:, None]
     if gate.lower_bound is not None:
-        return gate.lower_bound * torch.sigmoid(x if rate is None else rate * x)
+        return gate.lower_bound * sigmoid(x if rate is None else rate * x)
     assert rate is not None, "the contract asks for A_log or lower_bound"
     return -rate * F.softplus(x)
 
