@@ -11,10 +11,13 @@ import torch
 from rooms import DELTA
 
 from fla_dispatch import registry
+from fla_dispatch.device import hypothetical
 from fla_dispatch.errors import CallError
 from fla_dispatch.kernels.delta import ops, recurrence
 from fla_dispatch.kernels.delta.cases import CASES, GATED, OP_NAMES, Case, Inputs, Sizes, make_inputs
+from fla_dispatch.registry import BACKWARD, FORWARD
 from fla_dispatch.sequences import SeqInfo
+from fla_dispatch.tuning.keys import key_of
 
 VARIANTS = DELTA.variants("torch")
 
@@ -148,3 +151,21 @@ def test_what_a_call_lowers_to(op: str) -> None:
     tensors = low.tensors if low.prepare is None else low.prepare(low.tensors)
     assert {x.dtype for x in (tensors.q, tensors.k, tensors.v, tensors.p) if x is not None} == {torch.bfloat16}
     assert {x.dtype for x in (tensors.g, tensors.beta) if x is not None} == {torch.float32}
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+@pytest.mark.parametrize("arch", ["sm90", "gfx942", "cpu"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_costs_are_finite_and_grow_with_the_length(op: str, arch: str, packed: bool) -> None:
+    found: dict[tuple[str, Any, bool], list[float]] = {}
+    for T in (0, 1, 64, 4096, 1 << 20):
+        key = key_of(op, {"T": T}, hypothetical(arch), packed=packed, grad=True)
+        for variant in DELTA.recurrence.variants:
+            for config in variant.configs(key):
+                for direction in (FORWARD, BACKWARD):
+                    found.setdefault((variant.name, config, direction.backward), []).append(variant.cost(key, config, direction))
+    for what, costs in found.items():
+        assert costs == sorted(costs) and all(type(c) is float and 0 < c < 1e6 for c in costs), (what, costs)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 #: Tokens of a sub-chunk.
-SUB = 16
+SUB = 8
 
 
 class Gates(NamedTuple):
