@@ -84,6 +84,20 @@ def test_bare_cu_seqlens_and_normalizer_state_compile() -> None:
     assert_same(list(compiled(*args)), list(call(*args)))
 
 
+@pytest.mark.parametrize("name", ["gated_delta", "kda", "comba", "delta_product"])
+def test_transforms_of_the_delta_ops_compile(name: str) -> None:
+    """Normalisation, logits and gates from raw input, with packs: one graph for all of these lengths."""
+    counter = CompileCounterWithBackend("aot_eager")
+    handle = fd.op(name)
+    compiled = torch.compile(handle, fullgraph=True, dynamic=True, backend=counter)
+    for lengths in ([20, 0, 1, 2, 27], [70, 10, 2, 1, 0], [30, 32, 1, 1, 0]):
+        args, kwargs = example(
+            name, sum(lengths), lengths=lengths, requires_grad=True, output_final_state=True, options=(("raw", True), ("lower_bound", -5.0))
+        )  # fmt: skip
+        assert_same(results(compiled, args, kwargs), results(handle, args, kwargs))
+    assert graphs(counter) <= 2
+
+
 def test_one_tensor_in_two_roles() -> None:
     handle = fd.op("retention")
     x = example("retention", 50, requires_grad=True)[0][0]

@@ -19,7 +19,7 @@ def _recurrent_configs(p: Problem) -> tuple[RecurrentConfig, ...]:
     """Tiles whose float32 state is at most 64 registers a thread, or 128 where it is 16 columns wide. One warp sums over K without a
     barrier; wide tiles write fewer shares of gradients. None has been timed."""
     K, V = tile(p.K), tile(p.V)
-    tiles = ((16, 1), (16, 2), (32, 2), (32, 4), (64, 4), (64, 8), (16, 4))
+    tiles = ((16, 1), (16, 2), (32, 2), (32, 4), (64, 4), (64, 8), (128, 8), (16, 4))
     most = {16: 128}  # registers a thread
     found = [RecurrentConfig(BV, warps) for BV, warps in tiles if BV <= V and K * BV // (32 * warps) <= most.get(BV, 64)]
     return tuple(found) or (RecurrentConfig(16, 4),)
