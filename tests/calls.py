@@ -9,7 +9,7 @@ import torch
 
 from fla_dispatch import registry
 
-OPS = ["linear_attn", "retention", "lightning_attn", "simple_gla", "mamba2"]
+OPS = ["linear_attn", "retention", "lightning_attn", "simple_gla", "mamba2", "delta", "gated_delta", "kda", "comba", "delta_product"]
 LENGTHS = (50, 51, 63, 64, 65, 2, 5, 7, 9, 10, 11, 12, 13, 14, 17, 31, 33, 100, 127, 130)  # no head dim among them
 
 

@@ -16,15 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from rooms import SCALAR_DECAY, Room, Tensors, main, per_token, room_of
 
 import fla_dispatch as fd
 from fla_dispatch import registry
-from fla_dispatch.kernels.scalar_decay import chunk_torch, reference
-from fla_dispatch.kernels.scalar_decay.cases import Case, Inputs, gradient_scales, select, tolerance
-from fla_dispatch.kernels.scalar_decay.configs import TorchConfig
 from fla_dispatch.requirements import Refusal
 
-Tensors = dict[str, torch.Tensor]
+Case = Any  #: of a room's cases.py, as Inputs is
+Inputs = Any
 
 #: The oracle is the loop up to this length, and above it the chunked form in float64 (equal to rounding: test_reference).
 LOOP_UP_TO = 200
@@ -34,13 +33,13 @@ LOOP_UP_TO = 200
 
 
 def variants(language: str | None = None) -> list[str]:
-    """Variants of the recurrence, all or those of one language (`triton`, `torch`)."""
-    return [v.name for v in registry.get_recurrence("scalar_decay").variants if language in (None, v.language)]
+    """Variants of scalar_decay, all or those of one language (`triton`, `torch`)."""
+    return SCALAR_DECAY.variants(language)
 
 
-def pairs(tag: str, chosen: list[str], only: Callable[[Case], bool] = lambda case: True) -> list[Any]:
+def pairs(tag: str, chosen: list[str], only: Callable[[Case], bool] = lambda case: True, room: Room = SCALAR_DECAY) -> list[Any]:
     """pytest parameters (variant, case) for a tag."""
-    return [pytest.param(v, c, id=f"{v}-{c.id}") for c in select(tag) if only(c) for v in chosen]
+    return [pytest.param(v, c, id=f"{v}-{c.id}") for c in room.cases.select(tag) if only(c) for v in chosen]
 
 
 def has(*tags: str) -> Callable[[Case], bool]:
@@ -128,8 +127,9 @@ def oracle(op: str, inputs: Inputs, *, grad: bool, used: str | None = None) -> t
     used: the one output that the loss depends on (default: all).
     """
     wide = inputs.replaced({name: x.double() for name, x in inputs.leaves().items()})
-    contract = registry.get_op(op).contract
-    module, config = (reference, None) if inputs.args[0].shape[1] <= LOOP_UP_TO else (chunk_torch, TorchConfig(64))
+    contract, room = registry.get_op(op).contract, room_of(op)
+    short = inputs.args[0].shape[1] <= LOOP_UP_TO
+    module, config = (room.reference, None) if short else (room.chunk_torch, room.configs.TorchConfig(64))
 
     def run(call: Inputs) -> Tensors:
         low = contract(*call.args, **call.kwargs)
@@ -138,7 +138,7 @@ def oracle(op: str, inputs: Inputs, *, grad: bool, used: str | None = None) -> t
 
     with torch.no_grad():
         plain = run(wide)
-    dtypes = {name: inputs.leaves()["x" if op == "mamba2" else "v"].dtype if name == "o" else torch.float32 for name in plain}
+    dtypes = {name: inputs.leaves()[main(op)[0] if op == "mamba2" else "v"].dtype if name == "o" else torch.float32 for name in plain}
     grads = {name: x.to(dtypes[name]) for name, x in output_grads({n: plain[n].to(dtypes[n]) for n in plain}, 1).items()}
     if not grad:
         return plain, {}, grads
@@ -171,6 +171,12 @@ def poisoned() -> Iterator[None]:
 # -- judging -----------------------------------------------------------------------------------------------------------------
 
 
+def gradient_scales(op: str, inputs: Inputs, grads: Tensors) -> dict[str, float]:
+    """What errors of gate gradients are relative to (others: the gradient's own norm)."""
+    found: dict[str, float] = room_of(op).cases.gradient_scales(op, inputs, grads)
+    return found
+
+
 def distance(x: torch.Tensor, want: torch.Tensor, scale: float | None = None) -> float:
     """|x - want| / scale, scale = |want| by default; infinite for NaN.
 
@@ -184,14 +190,20 @@ def distance(x: torch.Tensor, want: torch.Tensor, scale: float | None = None) ->
 
 
 def judge(
-    found: Tensors, want: Tensors, dtype: torch.dtype, *, prefix: str = "", scales: dict[str, float] | None = None, slack: float = 1
+    found: Tensors,
+    want: Tensors,
+    case: Case,
+    *,
+    prefix: str = "",
+    scales: dict[str, float] | None = None,
+    slack: float = 1,
 ) -> None:
     """Every tensor is within its tolerance; the message lists all that are not."""
     assert found.keys() == want.keys()
-    bad = []
+    bad, tolerance = [], room_of(case.op).cases.tolerance
     for name, x in found.items():
         assert x.shape == want[name].shape, f"{prefix}{name}: shape {list(x.shape)}, expected {list(want[name].shape)}"
-        error, bound = distance(x, want[name], (scales or {}).get(name)), slack * tolerance(dtype, prefix + name)
+        error, bound = distance(x, want[name], (scales or {}).get(name)), slack * tolerance(case.dtype, prefix + name)
         if not error <= bound:
             bad.append(f"{prefix}{name}: error {error:.2e} > {bound:.2e}")
     assert not bad, "; ".join(bad)
@@ -224,13 +236,14 @@ def check_values(variant: str, case: Case, device: str) -> None:
     assert all(x.dtype == torch.float32 for name, x in found.items() if name != "o")
     assert all(x.is_contiguous() for x in found.values())
     assert all(x.dtype == leaves[name].dtype for name, x in found_grads.items())
-    judge(found, outputs, case.dtype)
-    judge(found_grads, gradients, case.dtype, prefix="d", scales=gradient_scales(case.op, inputs, gradients) if grad else None)
+    judge(found, outputs, case)
+    judge(found_grads, gradients, case, prefix="d", scales=gradient_scales(case.op, inputs, gradients) if grad else None)
 
 
-def _tokens(inputs: Inputs, T: int) -> list[str]:
-    """Names of the leaves that have one entry per token."""
-    return [name for name, x in inputs.leaves().items() if x.dim() >= 3 and x.shape[1] == T and not name.startswith("initial_state")]
+def _cut(inputs: Inputs, T: int, begin: int, end: int | None) -> Tensors:
+    """The leaves with entries per token, from token `begin` up to token `end`."""
+    leaves = inputs.leaves()
+    return {name: leaves[name][:, begin * n : None if end is None else end * n] for name, n in per_token(inputs, T).items()}
 
 
 def check_partial_gradients(variant: str, case: Case, device: str) -> None:
@@ -244,7 +257,7 @@ def check_partial_gradients(variant: str, case: Case, device: str) -> None:
     for name in outputs if len(outputs) > 1 else ():
         _, want, _ = oracle(case.op, inputs, grad=True, used=name)
         _, found = differentiate(lambda call, name=name: {name: run(call)[name]}, inputs, grads, complete=False)
-        judge(found, want, case.dtype, prefix="d", scales=scales)
+        judge(found, want, case, prefix="d", scales=scales)
     _, together = execute(case.op, variant, inputs, grad=True, grads=grads)
     for name, leaf in inputs.leaves().items():
         alone = leaf.detach().requires_grad_()
@@ -259,25 +272,23 @@ def check_halves(variant: str, case: Case, device: str) -> None:
     inputs = case.make(device)
     grad = trainable(variant, case.op, inputs)
     T, cut = case.sizes.T, case.sizes.T // 2 - 4
-    per_token = _tokens(inputs, T)
     run = runner(case.op, variant)
 
     def in_two(call: Inputs) -> Tensors:
-        leaves = call.leaves()
-        first = call.replaced({name: leaves[name][:, :cut] for name in per_token})
-        a = run(Inputs(first.args, {**first.kwargs, "output_final_state": True}))
-        second = call.replaced({name: leaves[name][:, cut:] for name in per_token})
+        first = call.replaced(_cut(call, T, 0, cut))
+        a = run(first._replace(kwargs={**first.kwargs, "output_final_state": True}))
+        second = call.replaced(_cut(call, T, cut, None))
         carried = (a["state"], a["state.z"]) if "state.z" in a else a["state"]
-        b = run(Inputs(second.args, {**second.kwargs, "initial_state": carried}))
+        b = run(second._replace(kwargs={**second.kwargs, "initial_state": carried}))
         return {**b, "o": torch.cat([a["o"], b["o"]], 1)}
 
     outputs, gradients, grads = oracle(case.op, inputs, grad=grad)
     if grad:
         found, found_grads = differentiate(in_two, inputs, grads)
-        judge(found_grads, gradients, case.dtype, prefix="d", scales=gradient_scales(case.op, inputs, gradients))
+        judge(found_grads, gradients, case, prefix="d", scales=gradient_scales(case.op, inputs, gradients))
     else:
         found = in_two(inputs)
-    judge(found, outputs, case.dtype)
+    judge(found, outputs, case)
 
 
 def check_pack(variant: str, case: Case, device: str) -> None:
@@ -286,31 +297,29 @@ def check_pack(variant: str, case: Case, device: str) -> None:
     grad = trainable(variant, case.op, inputs)
     assert case.lengths is not None
     T, lengths, run = case.sizes.T, case.lengths, runner(case.op, variant)
-    per_token = _tokens(inputs, T)
     ends = [0, *itertools.accumulate(lengths)]
     _, _, grads = oracle(case.op, inputs, grad=False)
 
     def one_by_one(call: Inputs) -> Tensors:
         leaves, parts = call.leaves(), []
         for n, (begin, end) in enumerate(itertools.pairwise(ends)):
-            edits = {name: leaves[name][:, begin:end] for name in per_token}
-            edits |= {name: leaves[name][n : n + 1] for name in leaves if name.startswith("initial_state")}
-            single = call.replaced(edits)
-            parts.append(run(Inputs(single.args, {k: x for k, x in single.kwargs.items() if k != "cu_seqlens"})))
+            states = {name: leaves[name][n : n + 1] for name in leaves if name.startswith("initial_state")}
+            single = call.replaced({**_cut(call, T, begin, end), **states})
+            parts.append(run(single._replace(kwargs={k: x for k, x in single.kwargs.items() if k != "cu_seqlens"})))
         return {name: torch.cat([p[name] for p in parts], 1 if name == "o" else 0) for name in parts[0]}
 
     whole, whole_grads = execute(case.op, variant, inputs, grad=grad, grads=grads)
     if grad:
         single, single_grads = differentiate(one_by_one, inputs, grads)
         scales = gradient_scales(case.op, inputs, single_grads)
-        judge(whole_grads, single_grads, case.dtype, prefix="d", scales=scales, slack=2)
+        judge(whole_grads, single_grads, case, prefix="d", scales=scales, slack=2)
     else:
         with torch.no_grad():
             single = one_by_one(inputs)
-    judge(whole, single, case.dtype, slack=2)
+    judge(whole, single, case, slack=2)
     info = inputs.kwargs["cu_seqlens"]
     for dtype in (torch.int32, torch.int64):
-        bare = Inputs(inputs.args, {**inputs.kwargs, "cu_seqlens": info.cu_seqlens.to(dtype)})
+        bare = inputs._replace(kwargs={**inputs.kwargs, "cu_seqlens": info.cu_seqlens.to(dtype)})
         found, found_grads = execute(case.op, variant, bare, grad=grad, grads=grads)
         same(found, whole, f"bare {dtype} cu_seqlens")
         same(found_grads, whole_grads, f"gradients with bare {dtype} cu_seqlens")
@@ -339,9 +348,9 @@ def check_causal(variant: str, case: Case, device: str) -> None:
     before, _ = execute(case.op, variant, inputs, grad=False)
     for t in sorted({begin, begin + 1, begin + (end - begin) // 2, end - 1}):
         edits = {}
-        for name in _tokens(inputs, T):
+        for name, n in per_token(inputs, T).items():
             edits[name] = inputs.leaves()[name].clone()
-            edits[name][:, t] -= 0.75  # also of gates: they stay below zero
+            edits[name][:, t * n : (t + 1) * n] -= 0.75  # also of gates: they stay below zero
         after, _ = execute(case.op, variant, inputs.replaced(edits), grad=False)
         assert torch.equal(after["o"][:, :t], before["o"][:, :t]), f"token {t} changes outputs before it"
         assert not torch.equal(after["o"][:, t], before["o"][:, t]), f"token {t} does not change its own output"
@@ -356,8 +365,7 @@ def check_autocast(variant: str, case: Case, device: str, dtype: torch.dtype = t
     """Under autocast float32 inputs give what inputs cast by hand give, bitwise, and gradients in the inputs' own dtype."""
     inputs = case.make(device)
     assert case.dtype == torch.float32
-    main = ("x", "B", "C") if case.op == "mamba2" else ("q", "k", "v")
-    by_hand = inputs.replaced({name: x.to(dtype) for name, x in inputs.leaves().items() if name in main})
+    by_hand = inputs.replaced({name: x.to(dtype) for name, x in inputs.leaves().items() if name in main(case.op)})
     grad = trainable(variant, case.op, by_hand)
     want, want_grads = execute(case.op, variant, by_hand, grad=grad)
     grads = output_grads(want, 1)
@@ -370,10 +378,10 @@ def check_autocast(variant: str, case: Case, device: str, dtype: torch.dtype = t
     same({name: x.to(want_grads[name].dtype) for name, x in found_grads.items()}, want_grads, "gradients under autocast")
 
 
-def cases_refused_by_all(tag: str, chosen: list[str], device: str, *, grad: bool) -> list[str]:
+def cases_refused_by_all(tag: str, chosen: list[str], device: str, *, grad: bool, room: Room = SCALAR_DECAY) -> list[str]:
     """Cases with a tag that none of these variants would run, with the reasons."""
     found = []
-    for case in select(tag):
+    for case in room.cases.select(tag):
         inputs = case.make(device)
         reasons = {v: refusals(v, case.op, inputs, grad=grad) for v in chosen}
         if all(reasons.values()):

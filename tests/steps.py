@@ -9,6 +9,7 @@ from typing import Any
 import matrix
 import pytest
 import torch
+from rooms import per_token
 
 import fla_dispatch as fd
 from fla_dispatch import registry
@@ -113,7 +114,7 @@ def check_prefill_and_steps(variant: str, op: str, options: tuple[tuple[str, Any
     n, m = 37, 5
     B, H, HV, K, V = 3, 1 if op == "mamba2" else 2, 4, 20, 36
     made = full.make_inputs(op, full.Sizes(B, n + m, H, HV, K, V), torch.float32, device, final_state=True, options=options)
-    names, handle = matrix._tokens(made, n + m), fd.op(op, mode=mode)
+    names, handle = list(per_token(made, n + m)), fd.op(op, mode=mode)
     with torch.no_grad():
         o, final = handle(*made.args, **made.kwargs)
         first = made.replaced({name: made.leaves()[name][:, :n] for name in names})

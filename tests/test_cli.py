@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from calls import OPS
 
 from fla_dispatch import cli, registry
 from fla_dispatch.cli import demo, doctor
 from fla_dispatch.device import hypothetical, package_version
 from fla_dispatch.requirements import Package
-
-OPS = ["linear_attn", "retention", "lightning_attn", "simple_gla", "mamba2"]
 
 
 @pytest.fixture
@@ -59,7 +58,7 @@ def test_explain_elsewhere(run: Any, device: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_explain_every_op(run: Any, name: str) -> None:
     code, out, _ = run("explain", name, "--device", "sm90", "--packed", "--initial-state", "--final-state", "--dtype", "float16", "--json")
-    assert code == 0 and json.loads(out)["recurrence"] == "scalar_decay"
+    assert code == 0 and json.loads(out)["recurrence"] == registry.get_op(name).recurrence
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fla_dispatch.dispatch.bridge import get_bridge
 
 def graphs(counter: CompileCounterWithBackend) -> int:
     """Graphs that hold an op (Dynamo also hands over an empty one where it starts a frame again)."""
-    return sum("scalar_decay" in graph.print_readable(print_output=False) for graph in counter.graphs)
+    return sum("fla_dispatch." in graph.print_readable(print_output=False) for graph in counter.graphs)
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,20 @@ def test_bare_cu_seqlens_and_normalizer_state_compile() -> None:
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     assert_same(list(compiled(*args)), list(call(*args)))
+
+
+@pytest.mark.parametrize("name", ["gated_delta", "kda", "comba", "delta_product"])
+def test_transforms_of_the_delta_ops_compile(name: str) -> None:
+    """Normalisation, logits and gates from raw input, with packs: one graph for all of these lengths."""
+    counter = CompileCounterWithBackend("aot_eager")
+    handle = fd.op(name)
+    compiled = torch.compile(handle, fullgraph=True, dynamic=True, backend=counter)
+    for lengths in ([20, 0, 1, 2, 27], [70, 10, 2, 1, 0], [30, 32, 1, 1, 0]):
+        args, kwargs = example(
+            name, sum(lengths), lengths=lengths, requires_grad=True, output_final_state=True, options=(("raw", True), ("lower_bound", -5.0))
+        )  # fmt: skip
+        assert_same(results(compiled, args, kwargs), results(handle, args, kwargs))
+    assert graphs(counter) <= 2
 
 
 def test_one_tensor_in_two_roles() -> None:

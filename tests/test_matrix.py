@@ -7,6 +7,7 @@ import dataclasses
 import matrix
 import pytest
 import steps
+from rooms import DELTA
 
 from fla_dispatch import registry
 from fla_dispatch.device import hypothetical
@@ -53,7 +54,7 @@ def test_autocast(variant: str, case: Case) -> None:
 def test_every_op_has_cases() -> None:
     assert {c.op for c in CASES} == set(OP_NAMES)
     assert {c.op for c in steps.CASES} == set(steps.OP_NAMES)
-    assert sorted((*OP_NAMES, *steps.OP_NAMES)) == sorted(registry.op_names())
+    assert sorted((*OP_NAMES, *steps.OP_NAMES, *DELTA.cases.OP_NAMES)) == sorted(registry.op_names())
     assert len({c.id for c in CASES}) == len(CASES)
 
 

@@ -109,7 +109,7 @@ def test_fake_cuda_tensors_need_no_gpu() -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_flop_counter_counts_forward_and_backward(name: str) -> None:
     args, kwargs = example(name, 70, requires_grad=True)
-    recurrence = registry.get_recurrence("scalar_decay")
+    recurrence = registry.get_recurrence(registry.get_op(name).recurrence)
     _, tensors, options, _, _ = fd.op(name).contract(*args, **kwargs)
     expected = recurrence.flops(tensors, options)
     with FlopCounterMode(display=False) as counter:

@@ -53,8 +53,8 @@ def problems(draw: st.DrawFn) -> Problem:
     T, N = draw(LENGTHS), draw(st.integers(1, 600))
     HV = draw(st.sampled_from([1, 2, 16, 32]))
     dtypes = [("qkv", draw(st.sampled_from(["bfloat16", "float16", "float32", "float64"])))]
-    decay = draw(st.sampled_from(["none", "head", "token"]))
-    if decay == "token":
+    decay = draw(st.sampled_from(["none", "head", "token", "channel"]))
+    if decay in ("token", "channel"):
         dtypes.append(("g", draw(st.sampled_from(["float32", "bfloat16"]))))
         if draw(st.booleans()):
             dtypes += [("beta", "float32"), ("skip", draw(st.sampled_from(["float32", "bfloat16", "float64"])))]
@@ -107,7 +107,7 @@ def test_equal_keys_get_equal_verdicts_from_every_variant(pair: tuple[Problem, P
     first, second = pair
     assert first.key() == second.key()
     assert first.key().key() == first.key()
-    for variant in registry.get_recurrence("scalar_decay").variants:
+    for variant in (v for name in ("scalar_decay", "delta") for v in registry.get_recurrence(name).variants):
         assert verdict(variant, first) == verdict(variant, second) == verdict(variant, first.key())
 
 
@@ -183,7 +183,9 @@ def lowered(name: str, **changes: Any) -> tuple[Any, Any]:
     options = {key: sizes[key] for key in ("lengths", "initial_state", "output_final_state") if key in sizes}
     args, kwargs = op.example(values, sizes["dtype"], sizes.get("where", "meta"), **options)
     if "gate" in sizes:
-        args = (*args[:3], args[3].to(sizes["gate"]))
+        args = (*args[:3], args[3].to(sizes["gate"]), *args[4:])
+    if "beta" in sizes:
+        args = (*args[:-1], args[-1].to(sizes["beta"]))
     if "skip" in sizes:
         kwargs["D"] = kwargs["D"].to(sizes["skip"])
     kwargs |= sizes.get("kwargs", {})
@@ -210,31 +212,44 @@ FLIPS: list[tuple[str, dict[str, Any]]] = [
     ("linear_attn", {"kwargs": {"normalize": True}}),
     ("mamba2", {"kwargs": {"D": None}}),
     ("mamba2", {"dtype": torch.bfloat16, "skip": torch.bfloat16}),
+    *(("kda", {name: n}) for name, n in (("B", 3), ("T", 70), ("T", 1), ("HV", 4), ("H", 1), ("K", 33), ("V", 49))),
+    ("kda", {"dtype": torch.bfloat16}),
+    ("kda", {"where": "cpu"}),
+    ("kda", {"initial_state": True}),
+    ("kda", {"output_final_state": True}),
+    ("kda", {"lengths": [40]}),
+    ("kda", {"lengths": [20, 20]}),
+    ("gated_delta", {"dtype": torch.bfloat16, "gate": torch.bfloat16}),
+    ("gated_delta", {"dtype": torch.bfloat16, "beta": torch.bfloat16}),
+    ("delta_product", {"T": 17}),
 ]
 
 
 def key_and_facts(name: str, **changes: Any) -> tuple[Problem, tuple[Any, ...]]:
-    r = registry.get_recurrence("scalar_decay")
+    r = registry.get_recurrence(registry.get_op(name).recurrence)
     tensors, options = lowered(name, **changes)
     return r.problem(tensors, options, False).key(), r.facts(tensors, options)
 
 
 @pytest.mark.parametrize(("name", "flip"), FLIPS, ids=str)
 def test_every_argument_that_matters_changes_key_and_facts(name: str, flip: dict[str, Any]) -> None:
-    base = {key: value for key, value in flip.items() if key == "dtype"} if {"gate", "skip"} & flip.keys() else {}
+    base = {key: value for key, value in flip.items() if key == "dtype"} if {"gate", "skip", "beta"} & flip.keys() else {}
     before, after = key_and_facts(name, **base), key_and_facts(name, **flip)
     assert before[0] != after[0]
     assert before[1] != after[1]
 
 
-@pytest.mark.parametrize("name", ["linear_attn", "retention", "simple_gla", "mamba2"])
+DIFFERENT = ("linear_attn", "retention", "simple_gla", "mamba2", "delta", "gated_delta", "kda", "comba")
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_ops_that_mean_other_mathematics_have_other_keys(name: str) -> None:
-    others = [n for n in ("linear_attn", "retention", "simple_gla", "mamba2") if n != name]
+    others = [n for n in DIFFERENT if n != name]
     key, facts = key_and_facts(name)
     for other in others:
         other_key, other_facts = key_and_facts(other)
         assert key != other_key
-        assert facts != other_facts
+        assert facts != other_facts or key.recurrence != other_key.recurrence  # facts are kept for each recurrence
 
 
 @pytest.mark.parametrize("change", [{"T": 41}, {"T": 64}, {"kwargs": {"scale": 0.5}}], ids=str)
@@ -250,7 +265,7 @@ def test_switches_are_fields_of_the_key(field: str) -> None:
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    name = draw(st.sampled_from(["linear_attn", "retention", "simple_gla", "mamba2"]))
+    name = draw(st.sampled_from([*DIFFERENT, "delta_product"]))
     H = draw(st.sampled_from([1, 2]))
     changes: dict[str, Any] = {
         "B": draw(st.sampled_from([1, 2, 3, 700])),
@@ -272,13 +287,13 @@ def calls(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 @settings(max_examples=25, deadline=None)
 @given(st.lists(calls(), min_size=12, max_size=24))
 def test_equal_facts_mean_equal_keys_and_the_same_tensors_and_outputs(drawn: list[tuple[str, dict[str, Any]]]) -> None:
-    r = registry.get_recurrence("scalar_decay")
     seen: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for name, changes in drawn:
+        r = registry.get_recurrence(registry.get_op(name).recurrence)
         tensors, options = lowered(name, **changes)
         present = tuple(x is not None for x in tensors)
         outputs = r.empty_outputs(tensors, options)
         asked = tuple(plans.asked(x) is not None for x in outputs)
         kept = tuple(x is not None for x in r.residuals(tensors, outputs, options)[1:])
         what = (r.problem(tensors, options, False).key(), present, asked, kept)
-        assert seen.setdefault(r.facts(tensors, options), what) == what
+        assert seen.setdefault((r.name, *r.facts(tensors, options)), what) == what

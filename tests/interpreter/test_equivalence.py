@@ -54,6 +54,6 @@ def test_variants_agree(case: Case, seed: int, data: st.DataObject) -> None:
     outputs, gradients, grads = matrix.oracle(case.op, inputs, grad=grad)
     with matrix.poisoned():
         found, found_grads = matrix.execute(case.op, variant, inputs, grad=grad, grads=grads)
-    matrix.judge(found, outputs, case.dtype)
+    matrix.judge(found, outputs, case)
     scales = matrix.gradient_scales(case.op, inputs, gradients) if grad else None
-    matrix.judge(found_grads, gradients, case.dtype, prefix="d", scales=scales)
+    matrix.judge(found_grads, gradients, case, prefix="d", scales=scales)

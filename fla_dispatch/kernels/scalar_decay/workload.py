@@ -9,45 +9,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...problem import Problem, count_bucket, length_bucket
+from ...problem import Problem
 from ...registry import Trial, Workload
 from ...sequences import SeqInfo
 from .._shared.inputs import Draw, make_gates
+from .._shared.layout import layout, pack_lengths, pack_tokens
 from .cases import gate_gradient_scale, tolerance
 from .configs import TorchConfig
 from .recurrence import Gradients, Options, Tensors
 
 #: The oracle is the loop over tokens up to this length, above it the chunked form in float64 (equal to rounding).
 LOOP_UP_TO = 80
-
-
-def layout(p: Problem) -> tuple[int, int, int]:
-    """(N, H, HV) of a call with this Key: a power of two of query heads where the Key leaves the choice.
-
-    N falls below the Key's where no number of heads, or no mean length, fits it (each is rounded up for itself).
-    """
-    units = p.device.units
-    for N in range(p.N, p.N // 2, -1):
-        if count_bucket(N, units) != p.N or (p.packed and length_bucket(-(-_total(p, N) // N)) != p.mean_length):
-            continue
-        most = p.BH // N // p.group
-        heads = [1 << i for i in reversed(range(most.bit_length()))]
-        for H in (*heads, most):
-            if H and count_bucket(N * H * p.group, units) == p.BH:
-                return N, H, H * p.group
-    return max(1, p.N), 1, p.group
-
-
-def _total(p: Problem, N: int) -> int:
-    """Tokens of a pack of N: the Key's T, or as many as leave the mean length in its bucket."""
-    return min(p.T, N * p.mean_length)
-
-
-def _lengths(total: int, N: int) -> tuple[int, ...]:
-    """Lengths of a pack: between a tenth and 1.9 of their mean, the same for one (total, N)."""
-    share = 0.1 + 1.8 * torch.rand(N, generator=torch.Generator().manual_seed(N), dtype=torch.float64)
-    ends = [round(x) for x in (share.cumsum(0) / share.sum() * total).tolist()]
-    return tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))
 
 
 def _gates(draw: Draw, p: Problem, regime: str, *shape: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -88,7 +60,7 @@ def make(p: Problem, device: torch.device, seed: int = 0) -> tuple[Tensors, Opti
     N, H, _ = layout(p)
     if not p.packed:
         return _make(p, N, p.T, N, H, device, seed, "mild", None)
-    return _make(p, 1, _total(p, N), N, H, device, seed, "mild", _lengths(_total(p, N), N))
+    return _make(p, 1, pack_tokens(p, N), N, H, device, seed, "mild", pack_lengths(pack_tokens(p, N), N))
 
 
 def proof_key(p: Problem) -> Problem:

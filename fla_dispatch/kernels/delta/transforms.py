@@ -1,0 +1,94 @@
+"""What layers do to their projections before the recurrence, as differentiable torch: `Lowering.prepare` of every op of the room.
+
+    q, k, p <- x rsqrt(sum x^2 + 1e-6)                                                   (rounded to the inputs' dtype)
+    beta <- sigmoid(beta), doubled for negative eigenvalues of the transition
+    g <- -exp(A_log) softplus(g + dt_bias), or with a lower bound: lower_bound sigmoid(exp(A_log) (g + dt_bias))
+    n updates per token: q and the output at the last of n, the gate at the first
+
+Computed in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from . import NORM_EPS
+from .recurrence import Tensors
+
+
+class Gate(NamedTuple):
+    """Parameters of a gate from raw input; A_log [HV] may be absent with a lower bound, dt_bias is [HV] or [HV, K]."""
+
+    A_log: torch.Tensor | None
+    dt_bias: torch.Tensor | None
+    lower_bound: float | None
+
+
+def normalized(x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """Rows of unit length (short ones are shorter), in x's dtype."""
+    w = x.to(wide)
+    return (w * torch.rsqrt((w * w).sum(-1, keepdim=True) + NORM_EPS)).to(x.dtype)
+
+
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """The logistic function, with a gradient that keeps its digits where it saturates: sigmoid(-x), not 1 - sigmoid(x)."""
+    return F.logsigmoid(x).exp()
+
+
+def weight(beta: torch.Tensor, doubled: bool, wide: torch.dtype) -> torch.Tensor:
+    """The weight of an update from its logit: in (0, 1), or in (0, 2)."""
+    x = sigmoid(beta.to(wide))
+    return 2 * x if doubled else x
+
+
+def log_decay(g: torch.Tensor, gate: Gate, wide: torch.dtype) -> torch.Tensor:
+    """The log decay from raw input g [B, T, HV] or [B, T, HV, K]."""
+    x = g.to(wide)
+    if gate.dt_bias is not None:
+        x = x + gate.dt_bias.to(wide)
+    rate = None if gate.A_log is None else gate.A_log.to(wide).exp()
+    if rate is not None and g.dim() == 4:
+        rate = rate[:, None]
+    if gate.lower_bound is not None:
+        return gate.lower_bound * sigmoid(x if rate is None else rate * x)
+    assert rate is not None, "the contract asks for A_log or lower_bound"
+    return -rate * F.softplus(x)
+
+
+def last_of(x: torch.Tensor, n: int) -> torch.Tensor:
+    """[B, T, ...] at the last of n updates of each token, zeros at the others: [B, T * n, ...]."""
+    return F.pad(x.unsqueeze(2), (0, 0) * (x.dim() - 2) + (n - 1, 0)).flatten(1, 2)
+
+
+def first_of(x: torch.Tensor, n: int) -> torch.Tensor:
+    """The same at the first."""
+    return F.pad(x.unsqueeze(2), (0, 0) * (x.dim() - 2) + (0, n - 1)).flatten(1, 2)
+
+
+def preparation(
+    *, norm: bool, logits: bool, doubled: bool, gate: Gate | None, updates: int, wide: torch.dtype
+) -> Callable[[Tensors], Tensors] | None:
+    """The prepare of a Lowering, or None where there is nothing to do; updates: per token, in k, v and beta."""
+    if not (norm or logits or gate is not None or updates > 1):
+        return None
+
+    def prepare(t: Tensors) -> Tensors:
+        q, k, v, p, g, beta, h0, cu, host, segments = t
+        if norm:
+            q, k = normalized(q, wide), normalized(k, wide)
+            p = None if p is None else normalized(p, wide)
+        if logits:
+            beta = weight(beta, doubled, wide)
+        if gate is not None:
+            g = log_decay(g, gate, wide)
+        if updates > 1:
+            q, g = last_of(q, updates), None if g is None else first_of(g, updates)
+            if cu is not None:
+                cu, host, segments = cu * updates, None if host is None else host * updates, None
+        return Tensors(q, k, v, p, g, beta, h0, cu, host, segments)
+
+    return prepare
