@@ -337,9 +337,9 @@ def _language(block: Block, program: int) -> dict[str, Any]:
         minimum=lambda a, b: Int(min(a, b)), cdiv=lambda a, b: Int(-(-a // b)), exp2=torch.exp2, where=torch.where,
         sum=lambda x, axis: x.sum(axis), zeros=lambda shape, dtype, at: torch.zeros(shape, dtype=dtype),
         full=lambda shape, value, dtype, at: torch.full(shape, float(value), dtype=dtype), arange=lambda a, b, at: torch.arange(a, b),
-        convert_layout=lambda x, at: x, static_range=range, allocate_shared_memory=block.empty, warp_specialize=block.specialize, float32=torch.float32,
-        int64=torch.int64, int32=torch.int32, NVMMASharedLayout=nvmma, NVMMADistributedLayout=layout, SliceLayout=layout,
-        SwizzledSharedLayout=layout,
+        convert_layout=lambda x, at: x, static_range=range, allocate_shared_memory=block.empty, warp_specialize=block.specialize,
+        float32=torch.float32, int64=torch.int64, int32=torch.int32, NVMMASharedLayout=nvmma, NVMMADistributedLayout=layout,
+        SliceLayout=layout, SwizzledSharedLayout=layout,
     )  # fmt: skip
     bars: Any = types.SimpleNamespace(
         init=Barrier.init, expect=Barrier.expect, arrive=block.arrive, wait=block.wait, MBarrierLayout=nothing

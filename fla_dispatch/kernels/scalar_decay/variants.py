@@ -149,7 +149,7 @@ def _hopper(p: Problem) -> tuple[str, str, str] | None:
 def _no_decay(p: Problem) -> tuple[str, str, str] | None:
     """The kernel's normaliser does not decay; no op asks for one that does."""
     if p.flag("normalize") == "true" and p.flag("decay") != "none":
-        return f"normalize with decay={p.flag('decay')}", "normalize without decay", "use sweep_triton"
+        return f"asked for with decay={p.flag('decay')}", "decay=none", "use sweep_triton"
     return None
 
 

@@ -2,6 +2,7 @@
 
     load    a, b, c or x of chunk i into stage i % STAGES                                          one warp each
     score   P = mask decay weight a b^T, and the weighted rows of c, each into one of two buffers  four warps
+            with a normaliser also z, and from it what `output` needs beside P: `side`, r or z
     state   S into a buffer for `output`, then S <- decay S + b^T (weighted c)                     four warps
     output  o = decay (a S) + P c; the next chunk's a S runs under the end of this one             four warps
 
@@ -112,7 +113,7 @@ def load(p, offset, stride, staged, full, empty, length, NT, column, D: gl.const
 
 @gluon.jit
 def score(
-    staged, full, empty, p_sh, p_ready, p_taken, c_sh, c_ready, c_taken, one, z_sh, side, g, w, u, z_in, z_out, r_out, p_gate, p_token,
+    staged, full, empty, p_sh, p_ready, p_taken, c_sh, c_ready, c_taken, u_sh, z_sh, side, g, w, u, z_in, z_out, r_out, p_gate, p_token,
     p_z, i_e, length, NT, scale, HV, D: gl.constexpr, E: gl.constexpr, REVERSE: gl.constexpr, DECAY: gl.constexpr, W: gl.constexpr,
     Z: gl.constexpr, EPS: gl.constexpr, EXACT: gl.constexpr, WEIGHED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -142,7 +143,7 @@ def score(
     if Z == 1:
         put_terms(z, z_sh.index(0))
     if Z == 1 or Z == 2:
-        put_terms(gl.full([BT], 1.0, gl.float32, LONG), one)
+        put_terms(gl.full([BT], 1.0, gl.float32, LONG), u_sh)
         fence_async_shared()
         barrier()
     for i in range(NT):
@@ -156,9 +157,9 @@ def score(
         P = warpgroup_mma(staged[0].index(s), staged[1].index(s).permute((1, 0)), P, use_acc=False, is_async=True)
         if Z == 1:
             a_z = times(staged[0].index(s), z_sh.index(j), BT)
-            more = times(staged[1].index(s).permute((1, 0)), one, LZ)
+            more = times(staged[1].index(s).permute((1, 0)), u_sh, LZ)
         if Z == 2:
-            more = times(staged[2].index(s).permute((1, 0)), one, LZ)
+            more = times(staged[2].index(s).permute((1, 0)), u_sh, LZ)
         if DECAY == 1:
             _, to_end = constant_decays(lg, r, n, BT, REVERSE)
         if DECAY == 2:  # columns are read when rows have brought them into the cache: held from chunk to chunk, they cost registers
@@ -185,12 +186,12 @@ def score(
             mbarrier.wait(c_taken.index(j), parity(i, 2) ^ 1)
             put(weighted, c_sh, j * TERMS, EXACT)
             if Z == 3:
-                put_terms(gl.convert_layout(weigh * u_r, LONG), one)
+                put_terms(gl.convert_layout(weigh * u_r, LONG), u_sh)
             fence_async_shared()
             barrier()
             mbarrier.arrive(c_ready.index(j))
         if Z == 3:  # columns are read when c has left the registers
-            more = times(staged[2].index(s).permute((1, 0)), one, LZ)
+            more = times(staged[2].index(s).permute((1, 0)), u_sh, LZ)
             u_t = vector(u + p_token, i_t * BT + t, HV, length)
             F = F * vector(w + p_token, i_t * BT + t, HV, length)[None, :]
         if Z == 0:

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..._shared.gluon_names import barrier
 from ..._shared.launch import launch, tile
 from .. import EPS
+from .gluon_normaliser import WIDTH
 from .gluon_parts import load, output, score, state
 from .host import Call, tiles
 
@@ -60,7 +61,7 @@ def gluon_sweep(
     s_in,  # [N, HV, D, E] by strides SR and SC, or None
     s_out,  # the same, final state, or None
     z_in,  # [N, HV, D] (Z 1) or [N, HV, E] (Z 2, 3) initial extra row, or None
-    z_out,  # the same shape, final, or None
+    z_out,  # [N, HV, D or E] final one, or None
     r_out,  # [B, T, HV] float32: r_t of (3) (Z 1), or None
     cu,  # [N + 1] or None
     T,
@@ -125,8 +126,9 @@ def gluon_sweep(
         c_sh = gl.allocate_shared_memory(dtype, [2 * TERMS, BT, BE], narrow)
     else:
         c_sh = tile_c
-    one = p_sh if Z == 0 else gl.allocate_shared_memory(dtype, [8, BT], gl.NVMMASharedLayout.get_default_for([8, BT], dtype))
-    z_sh = p_sh if Z != 1 else gl.allocate_shared_memory(dtype, [2, 8, BD], gl.NVMMASharedLayout.get_default_for([8, BD], dtype))
+    terms: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WIDTH, BT], dtype)  # of u or ones, and of z
+    u_sh = p_sh if Z == 0 else gl.allocate_shared_memory(dtype, [WIDTH, BT], terms)
+    z_sh = p_sh if Z != 1 else gl.allocate_shared_memory(dtype, [2, WIDTH, BD], terms)
     side = p_sh if Z == 0 else gl.allocate_shared_memory(gl.float32, [2, BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full, empty = barriers(STAGES, LOADS), barriers(STAGES, 3)  # `score`, `state` and `output` give a stage back
     p_ready, p_taken, c_ready, c_taken = barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1)
@@ -146,7 +148,7 @@ def gluon_sweep(
             (
                 score,
                 (
-                    staged, full, empty, p_sh, p_ready, p_taken, c_sh, c_ready, c_taken, one, z_sh, side, g, w, u, z_in, z_out, r_out,
+                    staged, full, empty, p_sh, p_ready, p_taken, c_sh, c_ready, c_taken, u_sh, z_sh, side, g, w, u, z_in, z_out, r_out,
                     p_gate, p_token, p_z, i_e, length, NT, scale, HV, D, E, REVERSE, DECAY, W, Z, EPS, EXACT, WEIGHED, STAGES,
                 ),
             ),
