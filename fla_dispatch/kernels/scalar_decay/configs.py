@@ -39,6 +39,15 @@ class StatesConfig(NamedTuple):
     stages: int
 
 
+class ParallelConfig(NamedTuple):
+    """tokens: of a block, which holds a whole sequence; HEADS: value heads of a query head that one program takes; warps and stages."""
+
+    tokens: int
+    HEADS: int
+    warps: int
+    stages: int
+
+
 class GluonConfig(NamedTuple):
     """Stages of the copies; buffers of the rounded state. Chunks have 64 tokens, output tiles 64 columns."""
 

@@ -51,7 +51,7 @@ def forward(config: StatesConfig, t: Tensors, o: Options) -> Outputs:
     c = prepare(t, o, CHUNK)
     s = cut(c, t, config.SEG)
     states, _ = _states(config, c, o, s, (c.k, c.s_k), (c.v, c.s_v), c.h0, out.state if o.final_state else None, reverse=False)
-    run_outputs(c, o, states, out.o, BT=CHUNK, offsets=s.offsets, **config._asdict())
+    run_outputs(c, o, states, out.o, chunks=states.shape[0], BT=CHUNK, offsets=s.offsets, **config._asdict())
     return out
 
 
@@ -64,7 +64,7 @@ def backward(config: StatesConfig, residuals: Residuals, grads: OutputGrads, o: 
     states, _ = _states(config, c, o, s, (c.k, c.s_k), (c.v, c.s_v), c.h0, None, reverse=False)
     gated = t.g is not None
     after, overlap = _states(config, c, o, s, (c.q, c.s_q), (a.do, a.s_do), a.dS, dh0, states if gated else None, reverse=True)
-    rest: dict[str, Any] = {"BT": CHUNK, "offsets": s.offsets, **config._asdict()}
+    rest: dict[str, Any] = {"chunks": states.shape[0], "BT": CHUNK, "offsets": s.offsets, **config._asdict()}
     shares, rows = run_queries(c, o, a.do, a.s_do, states, gates=gated, **rest)
     dg = torch.empty_like(t.g, memory_format=torch.contiguous_format) if gated else None
     found = run_values(c, o, a.do, a.s_do, after, rows, overlap, dg, **rest)

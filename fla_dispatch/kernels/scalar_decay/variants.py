@@ -8,12 +8,13 @@ from ...problem import Problem
 from ...registry import Recurrence, Variant
 from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package, Rule, SharedMemory
 from . import recurrence
-from .configs import GluonConfig, RecurrentConfig, SegmentConfig, StatesConfig, SweepConfig, TorchConfig
+from .configs import GluonConfig, ParallelConfig, RecurrentConfig, SegmentConfig, StatesConfig, SweepConfig, TorchConfig
 from .costs import (
     chunk_cost,
     gluon_cost,
     item_bytes,
     padded,
+    parallel_cost,
     recurrent_cost,
     reference_cost,
     states_cost,
@@ -132,6 +133,18 @@ def _gluon_configs(p: Problem) -> tuple[GluonConfig, ...]:
     return tuple(c for c in found if fits(c))[:4] or found[-1:]
 
 
+def _parallel_configs(p: Problem) -> tuple[ParallelConfig, ...]:
+    """Blocks of 64 tokens on 4 warps, of 128 on 8; several heads of a group in one program where programs are many without."""
+    heads = max(1, min(p.group, p.BH // (2 * p.device.units)))
+    blocks = ((64, 4), (64, 8)) if p.T <= 64 else ((128, 8),)
+    return tuple(dict.fromkeys(ParallelConfig(tokens, h, warps, 1) for tokens, warps in blocks for h in (heads, 1)))
+
+
+def _parallel_shared(p: Problem) -> int:
+    """Shared memory of one block of dk and dv: three tiles of 128 tokens at a time, and a state."""
+    return item_bytes(p) * (128 * (padded(p.K) + 2 * padded(p.V)) + padded(p.K) * padded(p.V))
+
+
 def _recurrent_configs(p: Problem) -> tuple[RecurrentConfig, ...]:
     """A block holds 64 columns of the state, 64 float32 registers a thread at D = 128: rows of 256 bytes reach 4 TB/s in decode."""
     wide = max(padded(p.K), padded(p.V))
@@ -200,6 +213,15 @@ VARIANTS = (
         ),
         states_cost, _states_configs,
         "states of all chunks in memory, then all chunks in parallel: heads that share q and k; training with gates",
+    ),
+    Variant(
+        "parallel_triton", f"{__package__}.parallel_triton",
+        (
+            *_TRITON[:6], Dim("T", 1, 128), Dim("K", 1, 128), Dim("V", 1, 128), _TRITON[-1],
+            Flag("normalize", ("false",)), Lacks(("packed",)),
+            SharedMemory(_parallel_shared), Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable),
+        ),
+        parallel_cost, _parallel_configs, "a whole short sequence as one chunk: the fewest launches",
     ),
     Variant(
         "recurrent_triton", f"{__package__}.recurrent_triton", _TRITON, recurrent_cost, _recurrent_configs,

@@ -22,9 +22,9 @@ def chunk_queries(
     k,  # [B, T, H, K], token stride s_k
     v,  # [B, T, HV, V], token stride s_v
     do,  # [B, T, HV, V], token stride s_do
-    g,  # [HV, B * T] cumulative log2 decays, or [HV] log decays, or None
+    g,  # [HV, B * T] cumulative log2 decays (RAW: [B, T, HV] log decays), or [HV] log decays, or None
     w,  # [B, T, HV] beta or None
-    states,  # [chunks, HV, K, V] S before each chunk
+    states,  # [chunks, HV, K, V] S before each chunk, or None
     cu,  # [N + 1] or None
     offsets,  # [N + 1] or None
     dq,  # [SHARES, B, T, H, K]
@@ -48,8 +48,10 @@ def chunk_queries(
     BT: tl.constexpr,
     HEADS: tl.constexpr,
     DECAY: tl.constexpr,
+    RAW: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    FLOOR: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     i_c = tl.program_id(0)
@@ -78,23 +80,28 @@ def chunk_queries(
         i_hv = i_h * group + j
         b_v = load_tile(v + begin * s_v + i_hv * V, length, s_v, 0, 0, V, BT, BV, False)
         b_do = load_tile(do + begin * s_do + i_hv * V, length, s_do, 0, 0, V, BT, BV, False)
-        b_s = tl.load(states + (tl.cast(i_c, tl.int64) * HV + i_hv) * K * V + p_s, mask=m_s, other=0.0)
         b_d = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) * scale
         to_row = tl.full([BT], scale, tl.float32)
         if DECAY == 0:
             b_d = tl.where(inside, b_d, 0.0)
         else:
-            b_G, _ = cumulative(g, i_hv, begin, length, plane, BT, DECAY)
-            to_row *= tl.exp2(b_G)
+            b_G, _ = cumulative(g, i_hv, begin, length, plane, HV, BT, DECAY, RAW, FLOOR, q.dtype.element_ty == tl.float32)
+            to_row *= tl.exp2(b_G.to(tl.float32))
             b_d *= between(b_G, inside, False)
         p_t = (begin + o_t) * HV + i_hv
         if w is not None:
             b_d *= tl.load(w + p_t, mask=m_t, other=0.0).to(tl.float32)[None, :]
         shared += b_d
-        b_x = tl.dot((b_do.to(tl.float32) * to_row[:, None]).to(b_do.dtype), tl.trans(b_s), input_precision=PRECISION)
-        b_dq += b_x
         if rows is not None:
-            tl.store(rows + p_t, tl.sum(b_d * b_qk, 1) + tl.sum(b_q.to(tl.float32) * b_x, 1), mask=m_t)
+            b_rows = tl.sum(b_d * b_qk, 1)
+        if states is not None:
+            b_s = tl.load(states + (tl.cast(i_c, tl.int64) * HV + i_hv) * K * V + p_s, mask=m_s, other=0.0).to(b_do.dtype)
+            b_x = tl.dot((b_do.to(tl.float32) * to_row[:, None]).to(b_do.dtype), tl.trans(b_s), input_precision=PRECISION)
+            b_dq += b_x
+            if rows is not None:
+                b_rows += tl.sum(b_q.to(tl.float32) * b_x, 1)
+        if rows is not None:
+            tl.store(rows + p_t, b_rows, mask=m_t)
     b_dq = tl.dot(shared.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     store_tile(dq + (i_share * plane + begin) * H * K + i_h * K, b_dq, length, H * K, 0, 0, K, BT, BK, False)
 
@@ -104,9 +111,11 @@ def run_queries(
     o: Options,
     do: torch.Tensor,
     s_do: int,
-    states: torch.Tensor,
+    states: torch.Tensor | None,
     *,
+    chunks: int,
     gates: bool,
+    raw: bool = False,  # g is as the call has it
     SEG: int,
     BT: int,
     HEADS: int,
@@ -120,14 +129,14 @@ def run_queries(
     rows = c.q.new_empty((c.B, c.T, c.HV), dtype=torch.float32) if gates else None
     launch(
         chunk_queries,
-        (states.shape[0], c.H * shares),
+        (chunks, c.H * shares),
         (
             c.q, c.k, c.v, do, c.g, c.beta, states, c.cu, offsets, dq, rows, c.T, c.N, c.B * c.T, o.scale, c.s_q, c.s_k, c.s_v, s_do, SEG,
             c.H, c.HV, shares,
         ),
         {
-            "K": c.K, "V": c.V, "BK": padded(c)[0], "BV": padded(c)[1], "BT": BT, "HEADS": HEADS, "DECAY": same["DECAY"],
-            "PACKED": same["PACKED"], "PRECISION": same["PRECISION"], "STAGES": stages,
+            "K": c.K, "V": c.V, "BK": padded(c)[0], "BV": padded(c)[1], "BT": BT, "HEADS": HEADS, "DECAY": same["DECAY"], "RAW": raw,
+            "PACKED": same["PACKED"], "PRECISION": same["PRECISION"], "FLOOR": same["FLOOR"], "STAGES": stages,
         },
         warps,
         stages,

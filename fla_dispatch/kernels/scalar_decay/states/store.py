@@ -27,7 +27,7 @@ def chunk_states(
     cu,  # [N + 1] or None
     offsets,  # [N + 1] or None
     states,  # [units * SEG / BT, HV, K, V]
-    beside,  # the same of the other direction of time, or None
+    beside,  # [units * SEG / BT, HV, K, V] of the other direction of time, or None
     overlap,  # [NV, units * SEG / BT, HV] float32: inner products of a state with the one beside, or None
     T,
     N,
