@@ -308,17 +308,15 @@ class Block:
         self.pause()
         return product
 
-    def mma_wait(self, outstanding: int, deps: list[Product]) -> torch.Tensor:
+    def mma_wait(self, outstanding: int, deps: list[Product]) -> Any:
         flying = self.now.products
         while len(flying) > outstanding:
             product = flying.pop(0)
             if product.value is None:
                 product.run()
-        assert deps[0] not in flying, "a product is used before it is waited for"
+        assert not any(x in flying for x in deps), "a product is used before it is waited for"
         self.now.reading = True
-        found = deps[0].value
-        assert isinstance(found, torch.Tensor)
-        return found
+        return deps[0].value if len(deps) == 1 else tuple(x.value for x in deps)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------------
@@ -339,8 +337,9 @@ def _language(block: Block, program: int) -> dict[str, Any]:
         minimum=lambda a, b: Int(min(a, b)), cdiv=lambda a, b: Int(-(-a // b)), exp2=torch.exp2, where=torch.where,
         sum=lambda x, axis: x.sum(axis), zeros=lambda shape, dtype, at: torch.zeros(shape, dtype=dtype),
         full=lambda shape, value, dtype, at: torch.full(shape, float(value), dtype=dtype), arange=lambda a, b, at: torch.arange(a, b),
-        static_range=range, allocate_shared_memory=block.empty, warp_specialize=block.specialize, float32=torch.float32,
-        int64=torch.int64, int32=torch.int32, NVMMASharedLayout=nvmma, NVMMADistributedLayout=layout, SliceLayout=layout,
+        convert_layout=lambda x, at: x, static_range=range, allocate_shared_memory=block.empty, warp_specialize=block.specialize,
+        float32=torch.float32, int64=torch.int64, int32=torch.int32, NVMMASharedLayout=nvmma, NVMMADistributedLayout=layout,
+        SliceLayout=layout, SwizzledSharedLayout=layout,
     )  # fmt: skip
     bars: Any = types.SimpleNamespace(
         init=Barrier.init, expect=Barrier.expect, arrive=block.arrive, wait=block.wait, MBarrierLayout=nothing

@@ -21,6 +21,7 @@ from fla_dispatch.kernels.scalar_decay.sweep import gluon_parts, gluon_sweep
 
 ROOM = registry.get_recurrence("scalar_decay")
 STATES: dict[str, Any] = {"initial_state": True, "final_state": True}
+NORMALIZED: dict[str, Any] = {"options": (("normalize", True),)}
 CASES: dict[str, tuple[str, Sizes, dict[str, Any]]] = {
     "none": ("linear_attn", Sizes(1, 130, 2, 2, 64, 64), {}),
     "constant": ("retention", Sizes(2, 130, 2, 2, 32, 72), STATES),
@@ -31,6 +32,11 @@ CASES: dict[str, tuple[str, Sizes, dict[str, Any]]] = {
     "pack": ("simple_gla", Sizes(1, 393, 2, 2, 64, 64), {"lengths": [0, 1, 63, 64, 65, 0, 200], **STATES}),
     "weights": ("mamba2", Sizes(1, 197, 1, 2, 64, 64), STATES),
     "wide": ("retention", Sizes(1, 130, 1, 1, 256, 64), STATES),
+    "normalized": ("linear_attn", Sizes(1, 131, 1, 1, 64, 72), NORMALIZED),
+    "normalized_group": ("linear_attn", Sizes(2, 130, 1, 2, 128, 96), {**NORMALIZED, **STATES}),
+    "normalized_pack": ("linear_attn", Sizes(1, 393, 2, 2, 16, 32), {"lengths": [0, 1, 63, 64, 65, 0, 200], **NORMALIZED, **STATES}),
+    "normalized_wide": ("linear_attn", Sizes(1, 130, 1, 1, 256, 64), {**NORMALIZED, **STATES}),
+    "normalized_long": ("linear_attn", Sizes(1, 4100, 1, 1, 64, 64), NORMALIZED),
 }
 
 #: Each partition as far ahead of the others as it gets, and by lot; copies and products early, or late.
@@ -85,7 +91,7 @@ def test_every_synchronisation_is_needed(line: int, source: str, tmp_path: Path,
     for name in ("load", "score", "state", "output"):
         monkeypatch.setattr(gluon_sweep, name, getattr(mutant, name))
     with pytest.raises(AssertionError):
-        for name in ("token", "none"):
+        for name in ("token", "none", "normalized"):
             for config in (GluonConfig(4, 1), GluonConfig(1, 1)):
                 for schedule in SCHEDULES:
                     check(name, torch.bfloat16, config, schedule)
@@ -99,9 +105,8 @@ def check(name: str, dtype: torch.dtype, config: GluonConfig, schedule: Schedule
     tensors = low.tensors if low.prepare is None else low.prepare(low.tensors)
     wide = type(tensors)(*[x.double() if x is not None and x.is_floating_point() else x for x in tensors])
     want = ROOM.outputs(*reference.forward(None, wide, low.options))
-    grads = ROOM.output_grads(
-        torch.randn_like(want.o).to(dtype), torch.randn_like(want.state).float() if low.options.final_state else None, None
-    )
+    states = [torch.randn_like(x).float() if x.numel() else None for x in (want.state, want.z)]
+    grads = ROOM.output_grads(torch.randn_like(want.o).to(dtype), *states)
     wanted = tuple(getattr(tensors, field) is not None for field in ROOM.differentiable)
     exact = ROOM.output_grads(*[None if x is None else x.double() for x in grads])
     truth = reference.backward(None, ROOM.residuals(wide, want, low.options), exact, low.options, wanted)
@@ -110,8 +115,9 @@ def check(name: str, dtype: torch.dtype, config: GluonConfig, schedule: Schedule
         gradients = sweep_gluon.backward(config, ROOM.residuals(tensors, found, low.options), grads, low.options, wanted)
     assert seen == ["gluon_sweep"] * 4
     close(found.o, want.o, tolerance(dtype))
-    if low.options.final_state:
-        close(found.state, want.state, tolerance(dtype))
+    for field, kind in (("state", dtype), ("z", torch.float32), ("weight", torch.float32)):  # z and r: two terms per operand
+        if getattr(want, field).numel():
+            close(getattr(found, field), getattr(want, field), tolerance(kind))
     for field, x, y in zip(ROOM.differentiable, gradients, truth, strict=True):
         if y is not None:
             scale = gate_gradient_scale(y, wide.q, truth[0]) if field == "g" else None

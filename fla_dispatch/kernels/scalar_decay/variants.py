@@ -124,10 +124,12 @@ def _gluon_configs(p: Problem) -> tuple[GluonConfig, ...]:
     terms = 2 if p.grad and p.flag("decay") == "token" else 1
     sums = p.grad and (p.flag("decay") == "token" or "beta" in dict(p.dtypes))
     partial = 4 if p.group > 1 and p.grad else 2
+    normaliser = 2 * (2 * 8 * wide + 8 * 64) + 4 * 2 * 64 if p.flag("normalize") == "true" else 0
 
     def fits(c: GluonConfig) -> bool:
         staged = 2 * 64 * wide + tile * (2 if sums else 1)
-        return 2 * (c.stages * staged + terms * (4 * tile + c.states * wide * 64)) + partial * tile + 1024 <= p.device.shared_bytes
+        fixed = partial * tile + normaliser + 1024
+        return 2 * (c.stages * staged + terms * (4 * tile + c.states * wide * 64)) + fixed <= p.device.shared_bytes
 
     found = tuple(GluonConfig(*c) for c in ((3, 2), (4, 1), (4, 2), (3, 1), (2, 2), (2, 1), (1, 1)))
     return tuple(c for c in found if fits(c))[:4] or found[-1:]
@@ -184,6 +186,13 @@ def _hopper(p: Problem) -> tuple[str, str, str] | None:
     return None
 
 
+def _no_decay(p: Problem) -> tuple[str, str, str] | None:
+    """The kernel's normaliser does not decay; no op asks for one that does."""
+    if p.flag("normalize") == "true" and p.flag("decay") != "none":
+        return f"asked for with decay={p.flag('decay')}", "decay=none", "use sweep_triton"
+    return None
+
+
 _PRODUCTS = (*_TRITON, SharedMemory(_least_shared), Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable))
 
 VARIANTS = (
@@ -195,8 +204,8 @@ VARIANTS = (
         "sweep_gluon", f"{__package__}.sweep_gluon",
         (
             Gpu(nvidia_min=90), Package("triton", (3, 6)), DTypes("qkv", HALF), DTypes("g", FLOAT), DTypes("beta", FLOAT), Dim("K", 1, 256),
-            Dim("V", 1, 256), Flag("decay", ("none", "head", "token")), Flag("normalize", ("false",)),
-            Rule("Hopper", ("interpret", "device", "K", "V"), _hopper),
+            Dim("V", 1, 256), Flag("decay", ("none", "head", "token")), Rule("Hopper", ("interpret", "device", "K", "V"), _hopper),
+            Rule("normalize", ("flags",), _no_decay),
         ),
         gluon_cost, _gluon_configs, "the sweep for Hopper: scores, state and output of a chunk in warps of their own",
     ),

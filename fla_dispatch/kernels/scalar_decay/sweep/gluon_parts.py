@@ -2,6 +2,7 @@
 
     load    a, b, c or x of chunk i into stage i % STAGES                                          one warp each
     score   P = mask decay weight a b^T, and the weighted rows of c, each into one of two buffers  four warps
+            with a normaliser also z, and from it what `output` needs beside P: `side`, r or z
     state   S into a buffer for `output`, then S <- decay S + b^T (weighted c)                     four warps
     output  o = decay (a S) + P c; the next chunk's a S runs under the end of this one             four warps
 
@@ -21,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from ..._shared.gluon_names import barrier, copy_in, copy_out
+from .gluon_normaliser import LONG, first_z, put_terms, times
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -111,10 +113,11 @@ def load(p, offset, stride, staged, full, empty, length, NT, column, D: gl.const
 
 @gluon.jit
 def score(
-    staged, full, empty, p_sh, p_ready, p_taken, c_sh, c_ready, c_taken, g, w, p_gate, p_token, length, NT, scale, HV,
-    REVERSE: gl.constexpr, DECAY: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr, WEIGHED: gl.constexpr, STAGES: gl.constexpr,
+    staged, full, empty, p_sh, p_ready, p_taken, c_sh, c_ready, c_taken, u_sh, z_sh, side, g, w, u, z_in, z_out, r_out, p_gate, p_token,
+    p_z, i_e, length, NT, scale, HV, D: gl.constexpr, E: gl.constexpr, REVERSE: gl.constexpr, DECAY: gl.constexpr, W: gl.constexpr,
+    Z: gl.constexpr, EPS: gl.constexpr, EXACT: gl.constexpr, WEIGHED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """All of a chunk that does not depend on the state: P = a b^T, masked, decayed, weighted; c weighted for the state."""
+    """All of a chunk that does not depend on the state: P = a b^T, masked, decayed, weighted; c weighted for the state; z and r."""
     BT: gl.constexpr = staged[0].shape[1]
     TERMS: gl.constexpr = 2 if EXACT else 1
     r = gl.arange(0, BT, ROWS)
@@ -131,15 +134,32 @@ def score(
         next_r, next_whole = vector(g + p_gate, first * BT + r, 1, length), whole_decay(g + p_gate, first, length, NT, BT)
     if W == 2:
         w_r = vector(w + p_token, first * BT + r, HV, length)
+    if Z != 0:
+        LZ: gl.constexpr = staged[1].shape[2] if Z == 1 else staged[2].shape[2]
+        o_z = gl.arange(0, LZ, LONG) + (0 if Z == 1 else i_e * LZ)
+        z = first_z(z_in, p_z, o_z, LZ, D if Z == 1 else E)
+    if Z >= 2:
+        u_r = vector(u + p_token, first * BT + r, HV, length)
+    if Z == 1:
+        put_terms(z, z_sh.index(0))
+    if Z == 1 or Z == 2:
+        put_terms(gl.full([BT], 1.0, gl.float32, LONG), u_sh)
+        fence_async_shared()
+        barrier()
     for i in range(NT):
         s = i % STAGES
-        u = i % 2
+        j = i % 2
         i_t = place(i, NT, REVERSE)
         i_next = place(i + 1, NT, REVERSE)
         n = length - i_t * BT
         mbarrier.wait(full.index(s), parity(i, STAGES))
         P = gl.zeros([BT, BT], gl.float32, TILE)
         P = warpgroup_mma(staged[0].index(s), staged[1].index(s).permute((1, 0)), P, use_acc=False, is_async=True)
+        if Z == 1:
+            a_z = times(staged[0].index(s), z_sh.index(j), BT)
+            more = times(staged[1].index(s).permute((1, 0)), u_sh, LZ)
+        if Z == 2:
+            more = times(staged[2].index(s).permute((1, 0)), u_sh, LZ)
         if DECAY == 1:
             _, to_end = constant_decays(lg, r, n, BT, REVERSE)
         if DECAY == 2:  # columns are read when rows have brought them into the cache: held from chunk to chunk, they cost registers
@@ -151,8 +171,9 @@ def score(
             apart = (G_t[None, :] - G_r[:, None]) if REVERSE else (G_r[:, None] - G_t[None, :])
             M = gl.exp2(gl.where(inside, apart, float("-inf"))) * scale
         F = M
-        if W == 2:
+        if W == 2 and Z == 0:
             F = F * vector(w + p_token, i_t * BT + t, HV, length)[None, :]
+        if W == 2:
             b_w = w_r
             w_r = vector(w + p_token, i_next * BT + r, HV, length)
         if WEIGHED:
@@ -162,18 +183,48 @@ def score(
             if W == 2:
                 weigh = weigh * b_w
             weighted = staged[2].index(s).load(TILE).to(gl.float32) * weigh[:, None]
-            mbarrier.wait(c_taken.index(u), parity(i, 2) ^ 1)
-            put(weighted, c_sh, u * TERMS, EXACT)
+            mbarrier.wait(c_taken.index(j), parity(i, 2) ^ 1)
+            put(weighted, c_sh, j * TERMS, EXACT)
+            if Z == 3:
+                put_terms(gl.convert_layout(weigh * u_r, LONG), u_sh)
             fence_async_shared()
             barrier()
-            mbarrier.arrive(c_ready.index(u))
-        P = warpgroup_mma_wait(0, [P]) * F
-        mbarrier.wait(p_taken.index(u), parity(i, 2) ^ 1)
-        put(P, p_sh, u * TERMS, EXACT)
+            mbarrier.arrive(c_ready.index(j))
+        if Z == 3:  # columns are read when c has left the registers
+            more = times(staged[2].index(s).permute((1, 0)), u_sh, LZ)
+            u_t = vector(u + p_token, i_t * BT + t, HV, length)
+            F = F * vector(w + p_token, i_t * BT + t, HV, length)[None, :]
+        if Z == 0:
+            P = warpgroup_mma_wait(0, [P])
+        elif Z == 1:
+            P, a_z, more = warpgroup_mma_wait(0, [P, a_z, more])
+        else:
+            P, more = warpgroup_mma_wait(0, [P, more])
+        if Z == 2:
+            P = P + u_r[:, None]
+        if Z == 3:
+            P = P + u_t[None, :]
+        if Z >= 2:
+            u_r = vector(u + p_token, i_next * BT + r, HV, length)
+        P = P * F
+        mbarrier.wait(p_taken.index(j), parity(i, 2) ^ 1)
+        put(P, p_sh, j * TERMS, EXACT)
+        if Z == 1:
+            b_r = 1.0 / (scale * gl.convert_layout(gl.sum(a_z, 1), ROWS) + gl.sum(P, 1) + EPS)  # (3)
+            side.index(j).store(b_r)
+            gl.store(r_out + p_token + (i_t * BT + r).to(gl.int64) * HV, b_r, mask=(r < n) & (i_e == 0))
+        if Z >= 2:
+            side.index(j).store(z)
+        if Z != 0:
+            z = z + gl.sum(more, 1)
+        if Z == 1:
+            put_terms(z, z_sh.index((i + 1) % 2))  # the last chunk has read it
         fence_async_shared()
         barrier()
-        mbarrier.arrive(p_ready.index(u))
+        mbarrier.arrive(p_ready.index(j))
         mbarrier.arrive(empty.index(s))
+    if z_out is not None:
+        gl.store(z_out + p_z + o_z, z, mask=(o_z < (D if Z == 1 else E)) & ((i_e == 0) | (Z != 1)))
 
 
 @gluon.jit
@@ -204,7 +255,7 @@ def state(
         next_whole = whole_decay(g + p_gate, place(NT * 0, NT, REVERSE), length, NT, BT)
     for i in range(NT):
         s = i % STAGES
-        u = i % 2
+        j = i % 2
         i_t = place(i, NT, REVERSE)
         mbarrier.wait(s_taken.index(i % STATES), parity(i, STATES) ^ 1)
         put(S, s_sh, i % STATES * TERMS, EXACT)
@@ -218,16 +269,16 @@ def state(
             next_whole = whole_decay(g + p_gate, place(i + 1, NT, REVERSE), length, NT, BT)
         mbarrier.wait(full.index(s), parity(i, STAGES))
         if WEIGHED:
-            mbarrier.wait(c_ready.index(u), parity(i, 2))
-            S = warpgroup_mma(c_sh.index(u * TERMS).permute((1, 0)), staged[1].index(s), S, is_async=True)
+            mbarrier.wait(c_ready.index(j), parity(i, 2))
+            S = warpgroup_mma(c_sh.index(j * TERMS).permute((1, 0)), staged[1].index(s), S, is_async=True)
             if EXACT:
-                S = warpgroup_mma(c_sh.index(u * TERMS + 1).permute((1, 0)), staged[1].index(s), S, is_async=True)
+                S = warpgroup_mma(c_sh.index(j * TERMS + 1).permute((1, 0)), staged[1].index(s), S, is_async=True)
         else:
             S = warpgroup_mma(staged[2].index(s).permute((1, 0)), staged[1].index(s), S, is_async=True)
         S = warpgroup_mma_wait(0, [S])
         barrier()  # no warp reads the stage or the weighted rows any more
         if WEIGHED:
-            mbarrier.arrive(c_taken.index(u))
+            mbarrier.arrive(c_taken.index(j))
         mbarrier.arrive(empty.index(s))
     if s_out is not None:
         gl.store(s_out + p_state + p_s, S, mask=m_s)
@@ -251,11 +302,11 @@ def from_state(tile_a, s_sh, i, full, s_ready, more, STAGES: gl.constexpr, STATE
 
 @gluon.jit
 def output(
-    staged, full, empty, p_sh, p_ready, p_taken, s_sh, s_ready, s_taken, tile_o, o, s_o, g, w, skip, dot, dot_c, p_gate, p_token, p_sum,
-    i_hv, i_e, length, NT, scale, HV, E: gl.constexpr, REVERSE: gl.constexpr, DECAY: gl.constexpr, W: gl.constexpr,
-    EXACT: gl.constexpr, STAGES: gl.constexpr, STATES: gl.constexpr,
+    staged, full, empty, p_sh, p_ready, p_taken, s_sh, s_ready, s_taken, side, tile_o, o, s_o, g, w, u, skip, dot, dot_c, p_gate, p_token,
+    p_sum, i_hv, i_e, length, NT, scale, HV, E: gl.constexpr, REVERSE: gl.constexpr, DECAY: gl.constexpr, W: gl.constexpr,
+    Z: gl.constexpr, EXACT: gl.constexpr, STAGES: gl.constexpr, STATES: gl.constexpr,
 ):  # fmt: skip
-    """o of chunk after chunk, with its skip, its weights of rows and the row sums with x."""
+    """o of chunk after chunk, with its normaliser, its skip, its weights of rows and the row sums with x."""
     BT: gl.constexpr = staged[0].shape[1]
     BE: gl.constexpr = staged[2].shape[2]
     TERMS: gl.constexpr = 2 if EXACT else 1
@@ -272,13 +323,15 @@ def output(
         to_row = token_decays(G_r, whole, r, length - first * BT, REVERSE)
     if W == 1:
         w_r = vector(w + p_token, first * BT + r, HV, length)
+    if Z == 2:
+        u_r = vector(u + p_token, first * BT + r, HV, length)
     if skip is not None:
         b_skip = gl.load(skip + i_hv).to(gl.float32)
     O = from_state(staged[0], s_sh, NT * 0, full, s_ready, NT > 0, STAGES, STATES, EXACT)
     O = warpgroup_mma_wait(0, [O])
     for i in range(NT):
         s = i % STAGES
-        u = i % 2
+        j = i % 2
         i_t = place(i, NT, REVERSE)
         i_next = place(i + 1, NT, REVERSE)
         n = length - i_t * BT
@@ -288,17 +341,26 @@ def output(
         if W == 1:
             b_w = w_r
             w_r = vector(w + p_token, i_next * BT + r, HV, length)
+        if Z == 2:
+            lift = scale * u_r
+            u_r = vector(u + p_token, i_next * BT + r, HV, length)
         if DECAY == 2:
             G_r, whole = vector(g + p_gate, i_next * BT + r, 1, length), whole_decay(g + p_gate, i_next, length, NT, BT)
-        mbarrier.wait(p_ready.index(u), parity(i, 2))
-        O = warpgroup_mma(p_sh.index(u * TERMS), staged[2].index(s), O, is_async=True)
+        mbarrier.wait(p_ready.index(j), parity(i, 2))
+        O = warpgroup_mma(p_sh.index(j * TERMS), staged[2].index(s), O, is_async=True)
         if EXACT:
-            O = warpgroup_mma(p_sh.index(u * TERMS + 1), staged[2].index(s), O, is_async=True)
+            O = warpgroup_mma(p_sh.index(j * TERMS + 1), staged[2].index(s), O, is_async=True)
         if AHEAD:
             ahead = from_state(staged[0], s_sh, i + 1, full, s_ready, i + 1 < NT, STAGES, STATES, EXACT)
             O = warpgroup_mma_wait(TERMS, [O])
         else:
             O = warpgroup_mma_wait(0, [O])
+        if Z == 1:
+            O = O * side.index(j).load(ROWS)[:, None]
+        if Z == 2:
+            O = O + lift[:, None] * side.index(j).load(COLUMNS)[None, :]
+        if Z == 3:
+            O = O + side.index(j).load(COLUMNS)[None, :]
         if dot is not None:  # before the row weight: reversed, the sum is the weight's gradient; forward in time rows have none
             X = staged[3].index(s).load(TILE).to(gl.float32)
             p_row = p_sum + (i_t * BT + r).to(gl.int64) * HV
@@ -311,7 +373,7 @@ def output(
             O = O + b_skip * staged[2].index(s).load(TILE).to(gl.float32)
         tma.store_wait(0)
         barrier()  # every warp has read the stage and P, and the last output has left its tile
-        mbarrier.arrive(p_taken.index(u))
+        mbarrier.arrive(p_taken.index(j))
         mbarrier.arrive(empty.index(s))
         tile_o.store(O.to(tile_o.dtype))
         fence_async_shared()

@@ -2,10 +2,12 @@
 
 Grid: (sequences * HV * tiles of E). Forward and each gradient are one launch with permuted arguments. A chunk is a chain of
 products, each of which waits for the one before; here only S <- decay S + b^T c stays a chain over chunks, in warps of its own,
-and all else runs beside it in three other partitions (`gluon_parts`). No normaliser.
+and all else runs beside it in three other partitions (`gluon_parts`). The normaliser (3) has no decay.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -14,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ..._shared.gluon_names import barrier
 from ..._shared.launch import launch, tile
+from .. import EPS
+from .gluon_normaliser import WIDTH
 from .gluon_parts import load, output, score, state
 from .host import Call, tiles
 
@@ -52,9 +56,13 @@ def gluon_sweep(
     dot_c,  # [NE, B, T, HV] float32 row sums c . x, or None
     g,  # [HV, B * T] cumulative log2 decays (DECAY 2), [HV] log decays (DECAY 1), or None
     w,  # [B, T, HV] weights of rows (W 1) or columns (W 2), or None
+    u,  # [B, T, HV] float32: the virtual ones column's partner (Z 2, 3), or None
     skip,  # [HV] weight of c itself in o, or None
     s_in,  # [N, HV, D, E] by strides SR and SC, or None
     s_out,  # the same, final state, or None
+    z_in,  # [N, HV, D] (Z 1) or [N, HV, E] (Z 2, 3) initial extra row, or None
+    z_out,  # [N, HV, D or E] final one, or None
+    r_out,  # [B, T, HV] float32: r_t of (3) (Z 1), or None
     cu,  # [N + 1] or None
     T,
     total,
@@ -76,6 +84,8 @@ def gluon_sweep(
     DECAY: gl.constexpr,  # 0 none, 1 constant per head, 2 per token
     REVERSE: gl.constexpr,
     W: gl.constexpr,  # 0 none, 1 rows, 2 columns
+    Z: gl.constexpr,  # 0 none, 1 normaliser over D, 2 extra row with u on rows, 3 with u on columns
+    EPS: gl.constexpr,
     EXACT: gl.constexpr,  # two terms per rounded operand
     PACKED: gl.constexpr,
     STAGES: gl.constexpr,  # of a, b, c, x
@@ -92,6 +102,7 @@ def gluon_sweep(
     p_token = begin * HV + i_hv
     p_sum = i_e * total.to(gl.int64) * HV + p_token
     p_state = i_nh.to(gl.int64) * D * E
+    p_z = i_nh.to(gl.int64) * (D if Z == 1 else E)
     p_gate = i_hv * total.to(gl.int64) + begin if DECAY == 2 else i_hv.to(gl.int64)
     p_a = begin * s_a + (i_h if SHARED & 1 else i_hv) * D
     p_b = begin * s_b + (i_h if SHARED & 2 else i_hv) * D
@@ -115,6 +126,10 @@ def gluon_sweep(
         c_sh = gl.allocate_shared_memory(dtype, [2 * TERMS, BT, BE], narrow)
     else:
         c_sh = tile_c
+    terms: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WIDTH, BT], dtype)  # of u or ones, and of z
+    u_sh = p_sh if Z == 0 else gl.allocate_shared_memory(dtype, [WIDTH, BT], terms)
+    z_sh = p_sh if Z != 1 else gl.allocate_shared_memory(dtype, [2, WIDTH, BD], terms)
+    side = p_sh if Z == 0 else gl.allocate_shared_memory(gl.float32, [2, BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full, empty = barriers(STAGES, LOADS), barriers(STAGES, 3)  # `score`, `state` and `output` give a stage back
     p_ready, p_taken, c_ready, c_taken = barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1)
     s_ready, s_taken = barriers(STATES, 1), barriers(STATES, 1)
@@ -126,15 +141,15 @@ def gluon_sweep(
             (
                 output,
                 (
-                    staged, full, empty, p_sh, p_ready, p_taken, s_sh, s_ready, s_taken, tile_o, o, HV * E, g, w, skip, dot,
-                    dot_c, p_gate, p_token, p_sum, i_hv, i_e, length, NT, scale, HV, E, REVERSE, DECAY, W, EXACT, STAGES, STATES,
+                    staged, full, empty, p_sh, p_ready, p_taken, s_sh, s_ready, s_taken, side, tile_o, o, HV * E, g, w, u, skip, dot,
+                    dot_c, p_gate, p_token, p_sum, i_hv, i_e, length, NT, scale, HV, E, REVERSE, DECAY, W, Z, EXACT, STAGES, STATES,
                 ),
             ),
             (
                 score,
                 (
-                    staged, full, empty, p_sh, p_ready, p_taken, c_sh, c_ready, c_taken, g, w, p_gate, p_token, length, NT, scale, HV,
-                    REVERSE, DECAY, W, EXACT, WEIGHED, STAGES,
+                    staged, full, empty, p_sh, p_ready, p_taken, c_sh, c_ready, c_taken, u_sh, z_sh, side, g, w, u, z_in, z_out, r_out,
+                    p_gate, p_token, p_z, i_e, length, NT, scale, HV, D, E, REVERSE, DECAY, W, Z, EPS, EXACT, WEIGHED, STAGES,
                 ),
             ),
             (
@@ -152,6 +167,16 @@ def gluon_sweep(
         [4, 4, 1, 1, 1, 1],
         [144 if WIDE else 160, 208 if WIDE else 160, 40, 40, 40, 40],
     )  # fmt: skip
+
+
+class Normaliser(NamedTuple):
+    """What the normaliser adds to a sweep; tensors as the kernel takes them."""
+
+    Z: int = 0
+    u: torch.Tensor | None = None
+    z_in: torch.Tensor | None = None
+    z_out: torch.Tensor | None = None
+    r_out: torch.Tensor | None = None
 
 
 def run_sweep(
@@ -178,23 +203,26 @@ def run_sweep(
     with_rows: tuple[torch.Tensor, int] | None,  # rows and their token stride, for row sums
     dot: torch.Tensor | None,
     dot_c: torch.Tensor | None,
+    normaliser: Normaliser,
     stages: int,
     states: int,
 ) -> None:
     """One sweep: out = f(a, b, x) over all sequences, value heads and tiles of the last dim of `out`."""
     D, E = a.shape[-1], out.shape[-1]
     SR, SC = (1, D) if transposed else (E, 1)
+    x_rows, s_rows = (None, 0) if with_rows is None else with_rows
+    n = normaliser
     launch(
         gluon_sweep,
         (c.N * c.HV * tiles(E, COLUMNS),),
         (
-            a, b, x, out, None if with_rows is None else with_rows[0], dot, dot_c, c.g, w, skip, s_in, s_out, c.cu, c.T, c.B * c.T, scale,
-            s_a, s_b, s_x, 0 if with_rows is None else with_rows[1], c.H, c.HV,
+            a, b, x, out, x_rows, dot, dot_c, c.g, w, n.u, skip, s_in, s_out, n.z_in, n.z_out, n.r_out, c.cu, c.T, c.B * c.T, scale,
+            s_a, s_b, s_x, s_rows, c.H, c.HV,
         ),
         {
             "D": D, "E": E, "BD": max(64, tile(D)), "BE": COLUMNS, "BT": CHUNK, "SR": SR, "SC": SC, "SHARED": shared,
-            "DECAY": decay, "REVERSE": reverse, "W": W if w is not None else 0, "EXACT": exact, "PACKED": c.cu is not None,
-            "STAGES": stages, "STATES": states, "TMA": True,
+            "DECAY": decay, "REVERSE": reverse, "W": W if w is not None else 0, "Z": n.Z, "EPS": EPS, "EXACT": exact,
+            "PACKED": c.cu is not None, "STAGES": stages, "STATES": states, "TMA": True,
         },
         4,
         stages,
