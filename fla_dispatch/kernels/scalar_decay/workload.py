@@ -83,11 +83,8 @@ def trials(p: Problem, config: Any) -> tuple[Trial, ...]:
     gated = p.flag("decay") == "token"
     waves = 5 * p.device.units  # narrow blocks share a unit by up to eight, and have several tiles of V
     segment = int(getattr(config, "SEG", 0))
-    longest = int(getattr(config, "tokens", 1 << 30))  # of a variant whose blocks hold whole sequences
 
     def trial(name: str, N: int, T: int, heads: int, regime: str = "mild", repeats: int = 1, pack: tuple[int, ...] = ()) -> Trial:
-        if longest < T:
-            T = longest - 3
         if p.packed:
             N, T = len(pack), sum(pack)
         sizes = dataclasses.replace(p, N=N, BH=N * heads * p.group, T=T, mean_length=-(-T // N) if p.packed else T)
