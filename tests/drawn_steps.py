@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from fla_dispatch.kernels.scalar_step.cases import GATED, OP_NAMES, Case, Sizes
+from fla_dispatch.kernels.scalar_step.cases import GATED, OP_NAMES, Case, Sizes, make_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,7 +26,7 @@ def drawn(draw: Any) -> Case:
     if op == "linear_attn_step":
         options = (*options, ("normalize", draw(st.booleans())))
     return Case(
-        "drawn", op, Sizes(draw(st.integers(0, 5)), H, H * group, draw(dims), draw(dims)), dtype=draw(st.sampled_from(DTYPES)),
+        make_inputs, "drawn", op, Sizes(draw(st.integers(0, 5)), H, H * group, draw(dims), draw(dims)), dtype=draw(st.sampled_from(DTYPES)),
         state_dtype=draw(st.sampled_from((torch.float32, torch.bfloat16))), pool=draw(st.sampled_from(("none", "slots", "padded"))),
         regime=draw(st.sampled_from(("mild", "strong", "none", "reset"))) if op in GATED else "mild", fused=draw(st.booleans()),
         options=options,

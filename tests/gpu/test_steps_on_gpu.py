@@ -12,8 +12,8 @@ from steps import OP_NAMES, RECURRENCE, Case, Inputs, Sizes
 from waiting import no_waiting
 
 import fla_dispatch as fd
+from fla_dispatch.kernels._shared.step_plan import StepConfig
 from fla_dispatch.kernels.scalar_step.cases import make_inputs
-from fla_dispatch.kernels.scalar_step.configs import StepConfig
 from fla_dispatch.tuning.proof import prove
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

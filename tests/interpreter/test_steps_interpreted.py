@@ -13,7 +13,7 @@ from steps import RECURRENCE, Case
 
 from fla_dispatch import registry
 from fla_dispatch.device import profile
-from fla_dispatch.kernels.scalar_step.configs import StepConfig
+from fla_dispatch.kernels._shared.step_plan import StepConfig
 from fla_dispatch.tuning.keys import key_of
 from fla_dispatch.tuning.proof import prove
 
