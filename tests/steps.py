@@ -44,6 +44,7 @@ DELTA_STEP = _room("delta_step", DELTA)
 ROOMS = (SCALAR_STEP, DELTA_STEP)
 OP_NAMES: tuple[str, ...] = tuple(op for room in ROOMS for op in room.cases.OP_NAMES)
 GATED: tuple[str, ...] = tuple(op for room in ROOMS for op in room.cases.GATED)
+CASES: tuple[Case, ...] = tuple(case for room in ROOMS for case in room.cases.CASES)
 
 #: Every room of steps names its variants alike.
 (TRITON,) = {tuple(room.variants("triton")) for room in ROOMS}

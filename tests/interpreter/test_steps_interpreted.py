@@ -9,7 +9,8 @@ import steps
 import torch
 from drawn_steps import drawn
 from hypothesis import HealthCheck, given, settings
-from steps import RECURRENCE, Case
+from hypothesis import strategies as st
+from steps import Case, StepRoom
 
 from fla_dispatch import registry
 from fla_dispatch.device import profile
@@ -17,7 +18,7 @@ from fla_dispatch.kernels._shared.step_plan import StepConfig
 from fla_dispatch.tuning.keys import key_of
 from fla_dispatch.tuning.proof import prove
 
-VARIANTS = steps.variants("triton")
+VARIANTS = steps.TRITON
 CPU = torch.device("cpu")
 
 
@@ -38,25 +39,34 @@ def test_prefill_and_steps_equal_one_call(variant: str, op: str, options: tuple[
     steps.check_prefill_and_steps(variant, op, options, "cpu", mode="chunk_torch")
 
 
-@given(drawn())
+@pytest.mark.parametrize("room", steps.ROOMS, ids=lambda room: room.name)
+@given(data=st.data())
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-def test_drawn_steps(case: Case) -> None:
+def test_drawn_steps(room: StepRoom, data: st.DataObject) -> None:
+    case = data.draw(drawn(room))
     for variant in VARIANTS:
         steps.check_values(variant, case, "cpu")
 
 
-@pytest.mark.parametrize("op, options", [("simple_gla_step", {}), ("linear_attn_step", {"normalize": True})])
+@pytest.mark.parametrize(
+    "op, options",
+    [
+        ("simple_gla_step", {}), ("linear_attn_step", {"normalize": True}), ("kda_step", {"raw": True}), ("comba_step", {}),
+        ("delta_product_step", {"num_householder": 3}),
+    ],
+)  # fmt: skip
 def test_every_config_is_proven(op: str, options: dict[str, Any]) -> None:
-    variant = RECURRENCE.variant("step_triton")
+    recurrence = steps.recurrence_of(op)
+    variant = recurrence.variant("step_triton")
     key = key_of(op, {"B": 4, "H": 1, "HV": 2, "K": 40, "V": 72}, profile(CPU), dtype="float32", options={"pool": "slots", **options})
     configs = variant.configs(key)
     assert StepConfig(64, 4) == configs[0] and len(configs) >= 4
     for config in configs:
-        found = prove(RECURRENCE, variant, config, key, CPU)
+        found = prove(recurrence, variant, config, key, CPU)
         assert found.status == "ok", (config, found.detail)
 
 
 def test_something_is_interpreted() -> None:
-    assert VARIANTS and registry.get_op("retention_step").recurrence == RECURRENCE.name
+    assert VARIANTS and {registry.get_op(op).recurrence for op in steps.OP_NAMES} == {room.name for room in steps.ROOMS}
     for case in steps.select("interpreter"):
         assert not steps.refusals(VARIANTS[0], case.op, case.make())

@@ -273,10 +273,10 @@ def delta_product_step(
     n, where = num_householder, "delta_product_step"
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         bad_call(where, "num_householder", expected="an integer >= 1", got=repr(n), fix="pass the number of updates per token")
-    for name, x, dims in (("k", k, f"[B, {n}, H, K]"), ("v", v, f"[B, {n}, HV, V]"), ("beta", beta, f"[B, {n}, HV]")):
-        if not isinstance(x, torch.Tensor) or x.dim() != (3 if name == "beta" else 4) or x.shape[1] != n:
+    for name, x, dims in (("k", k, ("H", "K")), ("v", v, ("HV", "V")), ("beta", beta, ("HV",))):
+        if not isinstance(x, torch.Tensor) or x.dim() != 2 + len(dims) or x.shape[1] != n:
             fix = f"put the {n} updates of the token in the second dimension of {name}"
-            bad_call(where, f"shape of {name}", expected=f"a tensor {dims}", got=shown(x), fix=fix)
+            bad_call(where, f"shape of {name}", expected=f"a tensor [B, {n}, {', '.join(dims)}]", got=shown(x), fix=fix)
     if n == 1:
         k, v, beta = k[:, 0], v[:, 0], beta[:, 0]
     return _lower(
