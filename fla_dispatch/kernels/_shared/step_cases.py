@@ -144,7 +144,22 @@ _BF16, _FP16 = torch.bfloat16, torch.float16
 Row = tuple[str, Sizes, frozenset[str], dict[str, Any]]
 
 
-def row(name: str, *sizes: int, tags: str = "small interpreter", **fields: Any) -> Row:
+def row(
+    name: str,
+    *sizes: int,
+    tags: str = "small interpreter",
+    dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype = torch.float32,
+    pool: str = "none",
+    regime: str = "mild",
+    fused: bool = False,
+    options: tuple[tuple[str, Any], ...] = (),
+    source: str = "",
+) -> Row:
+    """A row of a table of cases."""
+    fields = {
+        "dtype": dtype, "state_dtype": state_dtype, "pool": pool, "regime": regime, "fused": fused, "options": options, "source": source,
+    }  # fmt: skip
     return name, Sizes(*sizes), frozenset(tags.split()), fields
 
 
