@@ -200,3 +200,29 @@ def check_prefill_and_steps(variant: str, op: str, options: tuple[tuple[str, Any
     for x, want in zip(pools, final if isinstance(final, tuple) else (final,), strict=True):
         assert matrix.distance(x[slots], want.double()) < 1e-5
         assert (x[[1, 3, 5]] == 7).all()
+
+
+#: What is hard for a delta rule: keys that come again at full weight, decays that forget all or nothing, transforms from raw input.
+STRESS = ("repeated", "strong", "none", "reset", "raw")
+
+
+def check_stress(variant: str, op: str, kind: str, device: str, tokens_of_each: int = 40) -> None:
+    """Many tokens on one pool against float64: errors neither grow nor hide where an update cancels what is stored."""
+    sizes, raw = Sizes(2, 1, 2, 32, 20), (("raw", True),) if kind == "raw" else ()
+    regime = kind if kind in ("strong", "none", "reset") else "mild"
+    pool = make_inputs(op, sizes, device=device).args[-1]
+    exact = pool.double()
+    key = make_inputs(op, sizes, device=device).args[1]
+    for t in range(tokens_of_each):
+        args, kwargs = make_inputs(op, sizes, device=device, seed=t + 1, regime=regime, options=raw)
+        q, k, *rest, beta, _ = args
+        if kind == "repeated":
+            k, beta = key, torch.ones_like(beta)
+            q = k if k.dim() == 3 else k[:, -1]
+        call = Inputs((q, k, *rest, beta, pool), kwargs)
+        found = run(op, variant, call)
+        want = run(op, "reference", Inputs((*call.wide().args[:-1], exact), call.wide().kwargs))
+        judge(found, want, torch.float32)
+        if kind == "repeated" and op != "comba_step":  # what was stored is replaced: the state gives back the value
+            value = rest[0] if rest[0].dim() == 3 else rest[0][:, -1]
+            assert matrix.distance(found["o"], value.double() * sizes.K**-0.5) < 1e-5

@@ -54,6 +54,12 @@ def test_drawn_steps(room: StepRoom, data: st.DataObject) -> None:
     steps.check_values("step_torch", data.draw(drawn(room)), "cpu")
 
 
+@pytest.mark.parametrize("kind", steps.STRESS)
+@pytest.mark.parametrize("op", steps.DELTA_STEP.cases.OP_NAMES)
+def test_many_hard_tokens(op: str, kind: str) -> None:
+    steps.check_stress("step_torch", op, kind, "cpu")
+
+
 def test_constants_are_those_of_the_full_ops() -> None:
     """Rooms do not import each other, so the formulas stand twice."""
     for decay, rate in (("retention", 0.0), ("lightning", 0.75)):
@@ -137,6 +143,35 @@ def test_wrong_options() -> None:
     wrong("mamba2_step", args, {**kwargs, "z": torch.ones(4, 4, 3)}, "shape of z")
 
 
+def test_wrong_options_of_delta_rules() -> None:
+    for op in steps.DELTA_STEP.cases.OP_NAMES:
+        args, kwargs = make(op)
+        beta, state = args[-2:]
+        wrong(op, (*args[:-2], beta[..., :1], state), kwargs, "shape of beta")
+        wrong(op, (*args[:-2], None, state), kwargs, "beta")
+        wrong(op, args, {**kwargs, "use_qk_l2norm": 1}, "use_qk_l2norm", "True or False")
+        wrong(op, args, {**kwargs, "allow_neg_eigval": True}, "use_beta_sigmoid=True")
+        wrong(op, args, {**kwargs, "scale": "1"}, "scale")
+    for op in steps.DELTA_STEP.cases.GATED:
+        args, kwargs = make(op)
+        i = 4 if op == "comba_step" else 3
+        wrong(op, (*args[:i], args[i][:, :1], *args[i + 1 :]), kwargs, "shape of g")
+        wrong(op, args, {**kwargs, "A_log": torch.ones(4)}, "A_log", "use_gate=True")
+        wrong(op, args, {**kwargs, "use_gate": True}, "A_log", "lower_bound")
+        wrong(op, args, {**kwargs, "use_gate": True, "lower_bound": 1.0}, "lower_bound", "below 0")
+        if op != "delta_product_step":
+            wrong(op, (*args[:i], None, *args[i + 1 :]), kwargs, "delta_step")
+    args, kwargs = make("comba_step")
+    wrong("comba_step", (*args[:3], args[3][:2], *args[4:]), kwargs, "shape of p")
+    wrong("comba_step", (*args[:3], None, *args[4:]), kwargs, "gated_delta_step")
+    args, _ = make("delta_product_step")
+    for n in (0, True, 2.0):
+        wrong("delta_product_step", args, {"num_householder": n}, "num_householder")
+    wrong("delta_product_step", args, {"num_householder": 3}, "shape of k", "second dimension")
+    args, kwargs = make("delta_product_step", options=(("ungated", True),))
+    wrong("delta_product_step", args, {**kwargs, "use_gate": True, "lower_bound": -1.0}, "use_gate")
+
+
 @pytest.mark.parametrize("op", OP_NAMES)
 def test_gradients_are_refused(op: str) -> None:
     args, kwargs = make(op)
@@ -171,12 +206,14 @@ def test_state_of_full_ops_is_taken_as_it_is() -> None:
     torch.testing.assert_close(state, final)
 
 
-def test_autocast() -> None:
-    inputs = make("simple_gla_step")
-    by_hand = Inputs((*(x.bfloat16() for x in inputs.args[:3]), *inputs.fresh().args[3:]), {})
-    want = steps.run("simple_gla_step", "auto", by_hand)
+@pytest.mark.parametrize("op, cast", [("simple_gla_step", 3), ("comba_step", 4), ("delta_product_step", 3)])
+def test_autocast(op: str, cast: int) -> None:
+    inputs = make(op)
+    by_hand = Inputs((*(x.bfloat16() for x in inputs.args[:cast]), *inputs.fresh().args[cast:]), inputs.kwargs)
+    want = steps.run(op, "auto", by_hand)
     with torch.autocast("cpu", torch.bfloat16):
-        found = steps.run("simple_gla_step", "auto", inputs)
+        found = steps.run(op, "auto", inputs)
+    assert found["o"].dtype == torch.bfloat16
     matrix.same(found, want, "a step under autocast")
 
 

@@ -41,6 +41,13 @@ def test_prefill_and_steps_equal_one_call(variant: str, op: str, options: tuple[
     steps.check_prefill_and_steps(variant, op, options, DEVICE, mode="chunk_torch")
 
 
+@pytest.mark.parametrize("variant", TRITON)
+@pytest.mark.parametrize("kind", steps.STRESS)
+@pytest.mark.parametrize("op", steps.DELTA_STEP.cases.OP_NAMES)
+def test_many_hard_tokens(op: str, kind: str, variant: str) -> None:
+    steps.check_stress(variant, op, kind, DEVICE)
+
+
 @pytest.mark.parametrize("K, V", [(16, 16), (16, 256), (100, 36), (128, 128), (256, 256)])
 @pytest.mark.parametrize(
     "op, options",

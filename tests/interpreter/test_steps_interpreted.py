@@ -40,6 +40,13 @@ def test_prefill_and_steps_equal_one_call(variant: str, op: str, options: tuple[
     steps.check_prefill_and_steps(variant, op, options, "cpu", mode="chunk_torch")
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", steps.STRESS)
+@pytest.mark.parametrize("op", steps.DELTA_STEP.cases.OP_NAMES)
+def test_many_hard_tokens(op: str, kind: str, variant: str) -> None:
+    steps.check_stress(variant, op, kind, "cpu", tokens_of_each=12)
+
+
 @pytest.mark.parametrize("room", steps.ROOMS, ids=lambda room: room.name)
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

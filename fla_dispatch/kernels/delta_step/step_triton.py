@@ -186,17 +186,17 @@ def forward(config: StepConfig, t: Tensors, o: Options) -> Outputs:
     HV, V = v.shape[-2:]
     n = o.updates
     q, k, v = _rows(q), _rows(k), _rows(v)
-    p, s_p = (None, (0, 0)) if p is None else (_rows(p), _rows(p).stride()[:2])
-    if g is not None and o.decay == "channel":
-        g = _rows(g)
+    p = None if p is None else _rows(p)
+    g = _rows(g) if g is not None and o.decay == "channel" else g
     slots, A_log, dt_bias = [None if x is None else x.contiguous() for x in (slots, A_log, dt_bias)]
+    s_p, s_g = [(0, 0) if x is None else x.stride()[:2] for x in (p, g)]
     out = v.new_empty((B, HV, V))
     launch(
         delta_step,
         (B * HV * -(-V // config.BV),),
         (
             q, k, v, p, state, slots, g, beta, A_log, dt_bias, out, o.scale, o.lower_bound, *q.stride()[:2], *_strides(k, n),
-            *_strides(v, n), *s_p, state.stride(0), *((0, 0) if g is None else g.stride()[:2]), *_strides(beta, n), H, HV,
+            *_strides(v, n), *s_p, state.stride(0), *s_g, *_strides(beta, n), H, HV,
         ),
         _constants(config, o, K, V),
         config.warps,
