@@ -19,7 +19,9 @@ import torch
 
 import fla_dispatch as fd
 from fla_dispatch.kernels._shared import launch as launching
-from fla_dispatch.kernels.scalar_step.cases import Sizes, make_inputs
+from fla_dispatch.kernels._shared.step_cases import Sizes
+from fla_dispatch.kernels.delta_step.cases import make_inputs as delta_inputs
+from fla_dispatch.kernels.scalar_step.cases import make_inputs
 
 from .common import write
 
@@ -46,10 +48,14 @@ def caught(name: str, call: Callable[[], object]) -> tuple[Any, ...]:
     return tuple(spy.call_args.args)
 
 
-def step() -> dict[str, float]:
-    """Parts of `retention_step` at B = 1, H = 32, D = 128, with slots."""
-    x = make_inputs("retention_step", Sizes(1, 32, 32, 128, 128), torch.bfloat16, "cuda", pool="slots")
-    handle = fd.op("retention_step")
+def step(op: str) -> dict[str, float]:
+    """Parts of a step at B = 1, H = 32, D = 128, with slots; of a delta rule with what its layer does before it inside."""
+    sizes = Sizes(1, 32, 32, 128, 128)
+    if op == "retention_step":
+        x = make_inputs(op, sizes, torch.bfloat16, "cuda", pool="slots")
+    else:
+        x = delta_inputs(op, sizes, torch.bfloat16, "cuda", pool="slots", options=(("raw", True),))
+    handle = fd.op(op)
     call = lambda: handle(*x.args, **x.kwargs)  # noqa: E731
     call()
     v = x.args[2]
@@ -106,7 +112,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"))
     given = parser.parse_args()
     with torch.no_grad():
-        found = step()
+        found = step("retention_step")
+        found |= {f"gated_delta_step, {part}": time for part, time in step("gated_delta_step").items()}
     found |= training()
     for name, value in found.items():
         print(f"{value:8.2f} us  {name}")

@@ -23,8 +23,8 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import OutOfResources
 
 import fla_dispatch as fd
+from fla_dispatch.kernels._shared.step_cases import make_slots
 from fla_dispatch.kernels.scalar_decay.cases import Inputs, Sizes, gradient_scales, make_inputs
-from fla_dispatch.kernels.scalar_step.cases import make_slots
 
 from .bounds import floor_bytes, training_bytes
 from .common import eager_ms, graph_ms

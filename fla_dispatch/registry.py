@@ -213,7 +213,7 @@ class Op:
 
 
 #: One line per room, each a folder of `kernels/` with `ops.py` and `variants.py`.
-ROOMS = ("scalar_decay", "scalar_step", "delta")
+ROOMS = ("scalar_decay", "scalar_step", "delta", "delta_step")
 
 _ops: dict[str, Op] = {}
 _recurrences: dict[str, Recurrence] = {}

@@ -7,9 +7,10 @@ import torch
 from rooms import DELTA
 
 from fla_dispatch import registry
+from fla_dispatch.kernels._shared.delta_contract import Gate
 from fla_dispatch.kernels.delta import recurrence
 from fla_dispatch.kernels.delta.cases import Inputs, Sizes, gate_gradient_scale, make_inputs, tolerance
-from fla_dispatch.kernels.delta.transforms import Gate, last_of, log_decay
+from fla_dispatch.kernels.delta.transforms import last_of, log_decay
 
 SIZES = Sizes(1, 70, 1, 2, 32, 16)
 

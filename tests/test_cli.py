@@ -95,7 +95,8 @@ def test_doctor(run: Any) -> None:
     assert found["ok"] == (code == 0) and code in (0, 1)
     assert triton_before or "triton" not in sys.modules
     rows = {row["variant"]: row for row in found["variants"] if row["recurrence"] == "scalar_decay"}
-    assert {row["variant"] for row in found["variants"] if row["recurrence"] == "scalar_step"} == {"step_triton", "step_torch", "reference"}
+    for room in ("scalar_step", "delta_step"):
+        assert {row["variant"] for row in found["variants"] if row["recurrence"] == room} == {"step_triton", "step_torch", "reference"}
     assert set(rows) == {v.name for v in registry.get_recurrence("scalar_decay").variants}
     assert all(row["available"] or (row["why"] and row["remedy"]) for row in rows.values())
     assert rows["reference"]["available"] and rows["chunk_torch"]["trains"]

@@ -12,14 +12,14 @@ import steps
 import torch
 from drawn_steps import drawn
 from hypothesis import HealthCheck, given, settings
-from steps import OP_NAMES, RECURRENCE, Case, Inputs, Sizes
+from hypothesis import strategies as st
+from steps import OP_NAMES, Case, Inputs, Sizes, StepRoom, make_inputs, recurrence_of
 
 import fla_dispatch as fd
 from fla_dispatch import registry
 from fla_dispatch.device import hypothetical, profile
 from fla_dispatch.errors import CallError, RefusedError, UnknownNameError
 from fla_dispatch.kernels.scalar_decay.recurrence import log_decay
-from fla_dispatch.kernels.scalar_step.cases import make_inputs
 from fla_dispatch.kernels.scalar_step.recurrence import head_decay
 from fla_dispatch.tuning.keys import key_of, parse_key
 from fla_dispatch.tuning.warmup import model_calls
@@ -47,10 +47,17 @@ def test_prefill_and_steps_equal_one_call(variant: str, op: str, options: tuple[
     steps.check_prefill_and_steps(variant, op, options, "cpu")
 
 
-@given(drawn())
+@pytest.mark.parametrize("room", steps.ROOMS, ids=lambda room: room.name)
+@given(data=st.data())
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-def test_drawn_steps(case: Case) -> None:
-    steps.check_values("step_torch", case, "cpu")
+def test_drawn_steps(room: StepRoom, data: st.DataObject) -> None:
+    steps.check_values("step_torch", data.draw(drawn(room)), "cpu")
+
+
+@pytest.mark.parametrize("kind", steps.STRESS)
+@pytest.mark.parametrize("op", steps.DELTA_STEP.cases.OP_NAMES)
+def test_many_hard_tokens(op: str, kind: str) -> None:
+    steps.check_stress("step_torch", op, kind, "cpu")
 
 
 def test_constants_are_those_of_the_full_ops() -> None:
@@ -85,12 +92,15 @@ def test_wrong_tensors(op: str) -> None:
     def rest(n: int, x: Any) -> tuple[Any, ...]:
         return (*args[:n], x, *args[n + 1 :])
 
-    wrong(op, rest(i, args[i][:, :, :-1]), kwargs, f"{op}: shape of {name}")
+    wrong(op, rest(i, args[i][..., :-1]), kwargs, f"{op}: shape of {name}")
     wrong(op, rest(i, args[i].int()), kwargs, f"dtype of {q}" if i == 0 else "dtype")
-    wrong(op, rest(i, None), kwargs, f"{op}: {name}", "torch.Tensor")
+    wrong(op, rest(i, None), kwargs, f"{op}: shape of {name}" if op == "delta_product_step" else f"{op}: {name}", "ensor")
     values = 0 if op == "mamba2_step" else 2
-    wrong(op, rest(values, args[values][:, None]), kwargs, f"rank of {dims}", f"{dims}[:, 0]")
-    wrong(op, rest(values, args[values][:, :3]), kwargs, "heads", "multiple")
+    if op == "delta_product_step":
+        wrong(op, rest(values, args[values][:, 0]), kwargs, f"shape of {dims}", "[B, 2, HV, V]")
+    else:
+        wrong(op, rest(values, args[values][:, None]), kwargs, f"rank of {dims}", f"{dims}[:, 0]")
+    wrong(op, rest(values, args[values][..., :3, :]), kwargs, "heads", "multiple")
     wrong(op, rest(values, args[values][:2]), kwargs, f"shape of {dims}")
     pool = args[-1]
     wrong(op, (*args[:-1], pool[:2]), kwargs, "rows of state", "slots")
@@ -133,10 +143,39 @@ def test_wrong_options() -> None:
     wrong("mamba2_step", args, {**kwargs, "z": torch.ones(4, 4, 3)}, "shape of z")
 
 
+def test_wrong_options_of_delta_rules() -> None:
+    for op in steps.DELTA_STEP.cases.OP_NAMES:
+        args, kwargs = make(op)
+        beta, state = args[-2:]
+        wrong(op, (*args[:-2], beta[..., :1], state), kwargs, "shape of beta")
+        wrong(op, (*args[:-2], None, state), kwargs, "beta")
+        wrong(op, args, {**kwargs, "use_qk_l2norm": 1}, "use_qk_l2norm", "True or False")
+        wrong(op, args, {**kwargs, "allow_neg_eigval": True}, "use_beta_sigmoid=True")
+        wrong(op, args, {**kwargs, "scale": "1"}, "scale")
+    for op in steps.DELTA_STEP.cases.GATED:
+        args, kwargs = make(op)
+        i = 4 if op == "comba_step" else 3
+        wrong(op, (*args[:i], args[i][:, :1], *args[i + 1 :]), kwargs, "shape of g")
+        wrong(op, args, {**kwargs, "A_log": torch.ones(4)}, "A_log", "use_gate=True")
+        wrong(op, args, {**kwargs, "use_gate": True}, "A_log", "lower_bound")
+        wrong(op, args, {**kwargs, "use_gate": True, "lower_bound": 1.0}, "lower_bound", "below 0")
+        if op != "delta_product_step":
+            wrong(op, (*args[:i], None, *args[i + 1 :]), kwargs, "delta_step")
+    args, kwargs = make("comba_step")
+    wrong("comba_step", (*args[:3], args[3][:2], *args[4:]), kwargs, "shape of p")
+    wrong("comba_step", (*args[:3], None, *args[4:]), kwargs, "gated_delta_step")
+    args, _ = make("delta_product_step")
+    for n in (0, True, 2.0):
+        wrong("delta_product_step", args, {"num_householder": n}, "num_householder")
+    wrong("delta_product_step", args, {"num_householder": 3}, "shape of k", "second dimension")
+    args, kwargs = make("delta_product_step", options=(("ungated", True),))
+    wrong("delta_product_step", args, {**kwargs, "use_gate": True, "lower_bound": -1.0}, "use_gate")
+
+
 @pytest.mark.parametrize("op", OP_NAMES)
 def test_gradients_are_refused(op: str) -> None:
     args, kwargs = make(op)
-    for i in range(len(args)):
+    for i in (i for i, x in enumerate(args) if x is not None):
         call = (*args[:i], args[i].clone().requires_grad_(), *args[i + 1 :])
         with pytest.raises(CallError, match=rf"(?s){op}: gradient of .*torch\.no_grad\(\), or {op.removesuffix('_step')}"):
             fd.op(op)(*call, **kwargs)
@@ -167,12 +206,14 @@ def test_state_of_full_ops_is_taken_as_it_is() -> None:
     torch.testing.assert_close(state, final)
 
 
-def test_autocast() -> None:
-    inputs = make("simple_gla_step")
-    by_hand = Inputs((*(x.bfloat16() for x in inputs.args[:3]), *inputs.fresh().args[3:]), {})
-    want = steps.run("simple_gla_step", "auto", by_hand)
+@pytest.mark.parametrize("op, cast", [("simple_gla_step", 3), ("comba_step", 4), ("delta_product_step", 3)])
+def test_autocast(op: str, cast: int) -> None:
+    inputs = make(op)
+    by_hand = Inputs((*(x.bfloat16() for x in inputs.args[:cast]), *inputs.fresh().args[cast:]), inputs.kwargs)
+    want = steps.run(op, "auto", by_hand)
     with torch.autocast("cpu", torch.bfloat16):
-        found = steps.run("simple_gla_step", "auto", inputs)
+        found = steps.run(op, "auto", inputs)
+    assert found["o"].dtype == torch.bfloat16
     matrix.same(found, want, "a step under autocast")
 
 
@@ -202,7 +243,7 @@ def registry_grad(op: str) -> None:
 
     args, kwargs = make(op)
     low = registry.get_op(op).contract(*args, **kwargs)
-    _plan(RECURRENCE, RECURRENCE.problem(low.tensors, low.options, True), None)
+    _plan(recurrence_of(op), recurrence_of(op).problem(low.tensors, low.options, True), None)
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100", "gfx942"])
@@ -227,6 +268,16 @@ OWN: dict[str, tuple[dict[str, Any], ...]] = {
         {"options": (("dt_softplus", False),)}, {"options": (("dt_bias", None),)}, {"options": (("D", torch.ones(4, 24)),)},
     ),
 }  # fmt: skip
+_NORM, _LOGITS = ("use_qk_l2norm", True), ("use_beta_sigmoid", True)
+OWN |= {
+    op: ({"options": (_NORM,)}, {"options": (_LOGITS,)}, {"options": (_LOGITS, ("allow_neg_eigval", True))})
+    for op in steps.DELTA_STEP.cases.OP_NAMES
+}
+RAW = steps.DELTA_STEP.cases.GATED
+for op in RAW:
+    for options in ((), (("dt_bias", None),), (("lower_bound", -5.0),), (("lower_bound", -5.0), ("A_log", None))):
+        OWN[op] += ({"options": (("raw", True), *options)},)
+OWN["delta_product_step"] += ({"options": (("num_householder", 3),)}, {"options": (("ungated", True),)})
 
 
 @pytest.mark.parametrize("op", OP_NAMES)
@@ -234,13 +285,16 @@ def test_what_matters_changes_key_and_facts(op: str) -> None:
     def known(**changes: Any) -> tuple[Any, Any]:
         args, kwargs = make(op, **changes)
         low = registry.get_op(op).contract(*args, **kwargs)
-        return RECURRENCE.problem(low.tensors, low.options, False).key(), RECURRENCE.facts(low.tensors, low.options)
+        recurrence = recurrence_of(op)
+        return recurrence.problem(low.tensors, low.options, False).key(), recurrence.facts(low.tensors, low.options)
 
     seen = [known()]
     for changes in CHANGES + OWN.get(op, ()):
         seen.append(known(**changes))
     assert len({key for key, _ in seen}) == len({facts for _, facts in seen}) == len(seen)
     assert known(options=(("scale", 0.25),)) == seen[0] if op != "mamba2_step" else True
+    if op in RAW:
+        assert known(options=(("raw", True), ("lower_bound", -5.0))) == known(options=(("raw", True), ("lower_bound", -2.0)))
     for key, _ in seen:
         assert parse_key(key.text(), key.device) == key
 
@@ -248,18 +302,26 @@ def test_what_matters_changes_key_and_facts(op: str) -> None:
 @pytest.mark.parametrize("arch", ["sm90", "cpu"])
 @pytest.mark.parametrize("op", OP_NAMES)
 def test_the_tuner_makes_calls_with_their_key(op: str, arch: str) -> None:
-    workload, device = RECURRENCE.workload, hypothetical(arch)
+    recurrence, device = recurrence_of(op), hypothetical(arch)
+    workload = recurrence.workload
     assert workload is not None
     for B, state, pool in ((1, "float32", "none"), (3, "bfloat16", "slots"), (256, "float32", "slots"), (700, "float32", "none")):
         for group in (1, 4):
             sizes = {"B": B, "D": 32} | ({"H": 8, "G": 8 // group} if op == "mamba2_step" else {"H": 8 // group, "HV": 8})
             key = key_of(op, sizes, device, options={"state_dtype": state, "pool": pool})
             tensors, options = workload.make(key, torch.device("meta"), 0)
-            made = dataclasses.replace(RECURRENCE.problem(tensors, options, False), device=device, interpret=False)
+            made = dataclasses.replace(recurrence.problem(tensors, options, False), device=device, interpret=False)
             assert made.key() == key
-            assert workload.layout(key)[1:] == (tensors.q.shape[1], tensors.v.shape[1])
+            assert workload.layout(key)[1:] == (tensors.q.shape[1], tensors.v.shape[-2])
             proof = workload.proof_key(key)
             assert proof == workload.proof_key(key_of(op, {**sizes, "B": 9}, device, options={"state_dtype": state, "pool": pool}))
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_serving_any_op_prepares_its_step(op: str) -> None:
+    calls = model_calls(op.removesuffix("_step"), "serve", heads=4, head_dim=32, batch=(1, 3), lengths=(64,))
+    assert [(c.size("B"), dict(c.options)["pool"]) for c in calls if c.op == op] == [(1, "none"), (1, "slots"), (3, "none"), (3, "slots")]
+    assert {c.op for c in calls} == {op, op.removesuffix("_step")}
 
 
 def test_serving_calls_have_steps() -> None:

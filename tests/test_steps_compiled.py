@@ -10,7 +10,7 @@ import matrix
 import pytest
 import steps
 import torch
-from steps import OP_NAMES, RECURRENCE, Inputs, Sizes
+from steps import OP_NAMES, Inputs, Sizes, make_inputs, recurrence_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fla_dispatch as fd
@@ -18,8 +18,8 @@ from fla_dispatch import registry
 from fla_dispatch.device import profile
 from fla_dispatch.dispatch.bridge import get_bridge
 from fla_dispatch.errors import RegistrationError
-from fla_dispatch.kernels.scalar_step import step_torch
-from fla_dispatch.kernels.scalar_step.cases import make_inputs
+from fla_dispatch.kernels.delta_step import step_torch as delta_torch
+from fla_dispatch.kernels.scalar_step import step_torch as scalar_torch
 from fla_dispatch.tuning.keys import key_of
 from fla_dispatch.tuning.proof import Prover, prove
 
@@ -38,7 +38,7 @@ def make(op: str, **changes: Any) -> Inputs:
 @pytest.mark.parametrize("op", OP_NAMES)
 def test_compiled(op: str, backend: str) -> None:
     """One graph for all batches of a kind, and the state that was passed is updated."""
-    if backend == "inductor" and op not in ("retention_step", "mamba2_step"):
+    if backend == "inductor" and op not in ("retention_step", "mamba2_step", "kda_step"):
         pytest.skip("the same library op")
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
@@ -55,7 +55,7 @@ def test_compiled(op: str, backend: str) -> None:
         matrix.same(dict(one.states()), dict(two.states()), "a compiled step")
         assert not torch.equal(one.states()["state"], inputs.states()["state"])
     # Dynamo also hands over an empty graph where it starts a frame again
-    assert sum("scalar_step" in graph.print_readable(print_output=False) for graph in counter.graphs) == 1
+    assert sum(recurrence_of(op).name in graph.print_readable(print_output=False) for graph in counter.graphs) == 1
 
 
 def test_compiled_pair_of_pools_and_a_pool_made_in_the_graph() -> None:
@@ -73,24 +73,29 @@ def test_compiled_pair_of_pools_and_a_pool_made_in_the_graph() -> None:
 
 
 def test_library_op() -> None:
-    bridge = get_bridge("scalar_step")
-    schema = str(bridge.forward_op._schema)
-    assert "Tensor(a!) state" in schema and "Tensor(b!)? z" in schema and bridge.backward_op is None
-    for op, options in (("retention_step", ()), ("linear_attn_step", (("normalize", True),))):
+    for name, z in (("scalar_step", True), ("delta_step", False)):
+        bridge = get_bridge(name)
+        schema = str(bridge.forward_op._schema)
+        assert "Tensor(a!) state" in schema and ("Tensor(b!)? z" in schema) == z and bridge.backward_op is None
+    raw: tuple[tuple[str, Any], ...] = (("raw", True),)
+    ways = (("retention_step", ()), ("linear_attn_step", (("normalize", True),)), ("comba_step", ()))
+    for op, options in (*ways, ("kda_step", raw), ("delta_product_step", raw)):
+        bridge = get_bridge(recurrence_of(op).name)
         low = registry.get_op(op).contract(*(made := make(op, pool="padded", options=options)).args, **made.kwargs)
         torch.library.opcheck(bridge.forward_op, (*low.tensors, *low.options, False, None))
 
 
-def test_meta_and_flops() -> None:
+@pytest.mark.parametrize("op", ["retention_step", "gated_delta_step", "delta_product_step"])
+def test_meta_and_flops(op: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    inputs = make("retention_step", device="meta")
-    assert fd.op("retention_step")(*inputs.args).shape == inputs.args[2].shape
-    inputs = make("retention_step")
-    low = registry.get_op("retention_step").contract(*inputs.args)
+    inputs = make(op, device="meta")
+    assert fd.op(op)(*inputs.args, **inputs.kwargs).shape == (4, 4, 24)
+    inputs = make(op)
+    low = registry.get_op(op).contract(*inputs.args, **inputs.kwargs)
     with FlopCounterMode(display=False) as counter:
-        fd.op("retention_step")(*inputs.args)
-    assert counter.get_total_flops() == RECURRENCE.flops(low.tensors, low.options)
+        fd.op(op)(*inputs.args, **inputs.kwargs)
+    assert counter.get_total_flops() == recurrence_of(op).flops(low.tensors, low.options)
 
 
 # -- proofs ------------------------------------------------------------------------------------------------------------------
@@ -99,8 +104,8 @@ def test_meta_and_flops() -> None:
 @pytest.mark.parametrize("op", OP_NAMES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_right_candidates_pass(op: str, dtype: str) -> None:
-    variant = RECURRENCE.variant("step_torch")
-    prover = Prover(RECURRENCE, CPU)
+    variant = recurrence_of(op).variant("step_torch")
+    prover = Prover(recurrence_of(op), CPU)
     for state, pool in (("float32", "none"), ("bfloat16", "slots")):
         sizes = {"B": 4, "D": 24} | ({"H": 4} if op == "mamba2_step" else {"H": 2, "HV": 4})
         key = key_of(op, sizes, profile(CPU), dtype=dtype, options={"state_dtype": state, "pool": pool})
@@ -110,8 +115,20 @@ def test_right_candidates_pass(op: str, dtype: str) -> None:
         assert found.certificate.tolerances["state"] == steps.tolerance(getattr(torch, state))
 
 
-def faulty(kind: str) -> Any:
-    """step_torch with one fault."""
+@pytest.mark.parametrize("op", steps.DELTA_STEP.cases.OP_NAMES)
+@pytest.mark.parametrize("options", [{"raw": True}, {"raw": True, "lower_bound": -5.0, "allow_neg_eigval": True}], ids=["raw", "bounded"])
+def test_right_candidates_pass_with_every_transform_inside(op: str, options: dict[str, Any]) -> None:
+    if op == "delta_step":
+        options = {name: x for name, x in options.items() if name != "lower_bound"}
+    recurrence = recurrence_of(op)
+    key = key_of(op, {"B": 4, "D": 24, "H": 2, "HV": 4}, profile(CPU), dtype="float32", options={"pool": "slots", **options})
+    assert key.flag("l2norm") == "true" and (op == "delta_step" or key.flag("gate") != "given") and key.flag("weight") != "given"
+    found = prove(recurrence, recurrence.variant("step_torch"), None, key, CPU)
+    assert found.status == "ok", found.detail
+
+
+def faulty(kind: str, step_torch: Any) -> Any:
+    """A step_torch with one fault."""
     runs = []
 
     def forward(config: None, t: Any, o: Any) -> Any:
@@ -143,18 +160,20 @@ def faulty(kind: str) -> Any:
         ("padding", "wrong", "o "), ("racy", "racy", "other bits of state"), ("input", "wrong", "inputs q were changed"),
     ],
 )  # fmt: skip
-def test_faults_of_a_step_are_named(kind: str, status: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    variant = dataclasses.replace(RECURRENCE.variant("step_torch"), module=f"planted_{kind}")
-    monkeypatch.setitem(registry._loaded, variant.module, faulty(kind))
-    key = key_of("simple_gla_step", {"B": 4, "D": 16, "H": 2}, profile(CPU), dtype="float32", options={"pool": "slots"})
-    found = prove(RECURRENCE, variant, None, key, CPU)
+@pytest.mark.parametrize("op, step_torch", [("simple_gla_step", scalar_torch), ("gated_delta_step", delta_torch)], ids=["scalar", "delta"])
+def test_faults_of_a_step_are_named(op: str, step_torch: Any, kind: str, status: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recurrence = recurrence_of(op)
+    variant = dataclasses.replace(recurrence.variant("step_torch"), module=f"planted_{kind}")
+    monkeypatch.setitem(registry._loaded, variant.module, faulty(kind, step_torch))
+    key = key_of(op, {"B": 4, "D": 16, "H": 2}, profile(CPU), dtype="float32", options={"pool": "slots"})
+    found = prove(recurrence, variant, None, key, CPU)
     assert (found.status, words in found.detail) == (status, True), found
 
 
 def test_a_recurrence_that_updates_in_place_has_no_gradients() -> None:
     for changes in ({"mutates": ("nothing",)}, {"mutates": ("state",), "differentiable": ("q",)}):
         with pytest.raises(RegistrationError, match="wrong_step"):
-            registry.register_recurrence(dataclasses.replace(RECURRENCE, name="wrong_step", **changes))
+            registry.register_recurrence(dataclasses.replace(steps.SCALAR_STEP.recurrence, name="wrong_step", **changes))
 
 
 def test_softplus_series() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,3 +35,14 @@ def make_gates(draw: Draw, regime: str, *shape: int) -> torch.Tensor:
     if regime != "mild":
         raise AssertionError(f"no regime named {regime}")
     return g
+
+
+def make_raw_gate(draw: Draw, wide: torch.dtype, HV: int, channels: int) -> dict[str, Any]:
+    """Parameters of a gate from raw input as the published layers set them: A in (1, 16), a bias near softplus^-1(0.001 ... 0.1).
+
+    channels: K where each has its own gate, else 0.
+    """
+    shape = (HV, channels) if channels else (HV,)
+    step = torch.exp(draw.uniform(math.log(1e-3), math.log(0.1), *shape))
+    bias = step + torch.log(-torch.expm1(-step))  # softplus(bias) = step
+    return {"use_gate": True, "A_log": draw.uniform(1.0, 16.0, HV).log().to(wide), "dt_bias": bias.to(wide)}

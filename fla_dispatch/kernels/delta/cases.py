@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 
 from ...errors import bad_call
 from ...sequences import SeqInfo
-from .._shared.inputs import Draw, make_gates
+from .._shared.inputs import Draw, make_gates, make_raw_gate
 
 OP_NAMES = ("delta", "gated_delta", "kda", "comba", "delta_product")
 GATED = ("gated_delta", "kda", "comba", "delta_product")
@@ -110,14 +109,6 @@ def _qkv(draw: Draw, s: Sizes, n: int, dtype: torch.dtype, fused: bool, raw: boo
     return parts[0].unflatten(-1, (s.H, s.K)), parts[1].unflatten(-1, (s.H, s.K)), parts[2].unflatten(-1, (s.HV, s.V))
 
 
-def _raw_gate(draw: Draw, op: str, s: Sizes, wide: torch.dtype) -> dict[str, Any]:
-    """Parameters of a gate as the published layers set them: A in (1, 16) and a bias near softplus^-1(0.001 ... 0.1)."""
-    shape = (s.HV, s.K) if op == "kda" else (s.HV,)
-    step = torch.exp(draw.uniform(math.log(1e-3), math.log(0.1), *shape))
-    bias = step + torch.log(-torch.expm1(-step))  # softplus(bias) = step
-    return {"use_gate": True, "A_log": draw.uniform(1.0, 16.0, s.HV).log().to(wide), "dt_bias": bias.to(wide)}
-
-
 def make_inputs(
     op: str,
     sizes: Sizes,
@@ -151,7 +142,7 @@ def make_inputs(
         found["p"] = (found["k"].to(torch.float32) * draw.uniform(0.5, 1.0, s.H, 1)).to(dtype)
     if raw:
         kwargs |= {"use_qk_l2norm": True, "use_beta_sigmoid": True}
-        kwargs |= _raw_gate(draw, op, s, wide) if found.get("g") is not None else {}
+        kwargs |= make_raw_gate(draw, wide, s.HV, s.K if op == "kda" else 0) if found.get("g") is not None else {}
     kwargs |= chosen
     N = s.B if lengths is None else len(lengths)
     if initial_state:

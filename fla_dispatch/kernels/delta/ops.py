@@ -15,16 +15,12 @@ device, or a SeqInfo. A wrong call raises CallError (a ValueError) that names wh
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ...errors import bad_call
 from ...registry import Lowering, Op
 from ...sequences import SeqInfo
 from .._shared.contract import (
-    FLOATS,
-    autocast_dtype,
     check_companion,
     check_flag,
     check_packing,
@@ -33,51 +29,13 @@ from .._shared.contract import (
     check_state,
     shown,
 )
+from .._shared.delta_contract import check_gate, check_removal, check_weights
 from .cases import example
 from .recurrence import Options, Tensors
-from .transforms import Gate, preparation
+from .transforms import preparation
 
 _STATE = "[N, HV, K, V]"
 _new = tuple.__new__  # makes a NamedTuple in half the time of its constructor, which is Python
-
-
-def _check_gate(
-    where: str,
-    g: torch.Tensor | None,
-    use_gate: bool,
-    A_log: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    lower_bound: float | None,
-    HV: int,
-    channels: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Gate | None:
-    """The parameters of a gate from raw input; channels: K where each has its own gate, else 0."""
-    check_flag(where, "use_gate", use_gate)
-    if not use_gate:
-        for name, x in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
-            if x is not None:
-                fix = f"set use_gate=True if g is raw input, or leave {name} out"
-                bad_call(where, name, expected="None without use_gate", got=shown(x), fix=fix)
-        return None
-    if g is None:
-        bad_call(where, "use_gate", expected="a tensor g", got="g = None", fix="pass g, or set use_gate=False")
-    if lower_bound is not None and (
-        isinstance(lower_bound, bool) or not isinstance(lower_bound, (int, float)) or not -math.inf < lower_bound < 0
-    ):
-        fix = "pass the smallest log decay, for example lower_bound=-5.0"
-        bad_call(where, "lower_bound", expected="a finite number below 0, or None", got=repr(lower_bound), fix=fix)
-    if A_log is not None:
-        A_log = check_companion(where, "A_log", A_log, (HV,), "[HV]", dtype, device, "q")
-    elif lower_bound is None:
-        bad_call(where, "A_log", expected="a tensor [HV] with use_gate", got="None", fix="pass A_log, or lower_bound for the bounded gate")
-    if dt_bias is not None:
-        shape, dims = ((HV, channels), "[HV, K]") if channels else ((HV,), "[HV]")
-        if channels and isinstance(dt_bias, torch.Tensor) and dt_bias.shape == (HV * channels,):
-            dt_bias = dt_bias.view(HV, channels)
-        dt_bias = check_companion(where, "dt_bias", dt_bias, shape, dims, dtype, device, "q")
-    return Gate(A_log, dt_bias, None if lower_bound is None else float(lower_bound))
 
 
 def _lower(
@@ -111,25 +69,15 @@ def _lower(
     if updates > 1:
         k, v = whole_k.to(dtype), whole_v.to(dtype)
     if p is not None:
-        if isinstance(p, torch.Tensor) and p.dtype in FLOATS and autocast_dtype(p) is dtype:
-            p = p.to(dtype)
-        p = check_companion(where, "p", p, tuple(k.shape), "[B, T, H, K]", dtype, device, "k")
-        if p.dtype is not dtype:
-            bad_call(where, "dtype of p", expected=f"{dtype}, that of k", got=str(p.dtype), fix="convert it with p.to(k.dtype)")
+        p = check_removal(where, p, tuple(k.shape), "[B, T, H, K]", dtype, device)
     if g is not None:
         shape, dims = ((B, T, HV, K), "[B, T, HV, K]") if decay == "channel" else ((B, T, HV), "[B, T, HV]")
         g = check_companion(where, "g", g, shape, dims, dtype, device, "q")
     dims = "[B, T, HV]" if updates == 1 else "[B, T * num_householder, HV]"
     beta = check_companion(where, "beta", beta, (B, T * updates, HV), dims, dtype, device, "q")
-    gate = _check_gate(where, g, use_gate, A_log, dt_bias, lower_bound, HV, K if decay == "channel" else 0, dtype, device)
+    gate = check_gate(where, g, use_gate, A_log, dt_bias, lower_bound, HV, K if decay == "channel" else 0, dtype, device)
     check_flag(where, "use_qk_l2norm", use_qk_l2norm)
-    check_flag(where, "use_beta_sigmoid", use_beta_sigmoid)
-    check_flag(where, "allow_neg_eigval", allow_neg_eigval)
-    if allow_neg_eigval and not use_beta_sigmoid:
-        fix = "set use_beta_sigmoid=True and pass logits, or pass weights in (0, 2) and leave allow_neg_eigval out"
-        bad_call(
-            where, "allow_neg_eigval", expected="use_beta_sigmoid=True, whose result it doubles", got="use_beta_sigmoid=False", fix=fix
-        )
+    check_weights(where, use_beta_sigmoid, allow_neg_eigval)
     cu = host = segments = None
     N = B
     if cu_seqlens is not None:

@@ -11,21 +11,13 @@ Computed in float32 (float64 for float64 inputs).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from .._shared.delta_contract import Gate
 from . import NORM_EPS
 from .recurrence import Tensors
-
-
-class Gate(NamedTuple):
-    """Parameters of a gate from raw input; A_log [HV] may be absent with a lower bound, dt_bias is [HV] or [HV, K]."""
-
-    A_log: torch.Tensor | None
-    dt_bias: torch.Tensor | None
-    lower_bound: float | None
 
 
 def normalized(x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:

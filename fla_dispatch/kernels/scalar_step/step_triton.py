@@ -15,24 +15,12 @@ import triton
 import triton.language as tl
 
 from .._shared.launch import launch, tile
+from .._shared.step_math import LOG2E, softplus
+from .._shared.step_plan import StepConfig
 from . import EPS, EPS_NORM, MIN_LOG_DECAY
-from .configs import StepConfig
 from .recurrence import Options, Outputs, Tensors, head_decay, limited
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
 DECAYS = {"none": 0, "token": 2, "ssd": 3}
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + e^x) = max(x, 0) + log1p(e), e = e^-|x|, by log1p(e) = 2 artanh(s), s = e / (2 + e) <= 1/3: right to float32 for small e
-    too, where log(1 + e) loses what e holds beyond 1."""
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    s = e / (2.0 + e)
-    u = s * s
-    series = 1.0 + u * (1.0 / 3 + u * (1.0 / 5 + u * (1.0 / 7 + u * (1.0 / 9 + u * (1.0 / 11 + u * (1.0 / 13 + u / 15))))))
-    return tl.where(x > 0.0, x, 0.0) + 2.0 * s * series
 
 
 @triton.jit(do_not_specialize=["scale", "low", "high", "H", "HV"])

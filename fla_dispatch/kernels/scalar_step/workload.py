@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 import torch
 
-from ...problem import Problem, count_bucket
+from ...problem import Problem
 from ...registry import Trial, Workload
+from .._shared import step_workload
 from .._shared.inputs import Draw, make_gates
-from .cases import Sizes, make_pool, make_qkv, make_slots, make_ssd, tolerance
-from .recurrence import Nothing, Options, Tensors
-
-
-def layout(p: Problem) -> tuple[int, int, int]:
-    """(B, H, HV) of a call with this Key: up to 32 query heads, as many rows as it takes."""
-    most = p.BH // p.group
-    for H in (32, 16, 8, 4, 2, 1):
-        if most >= H and count_bucket(most // H * H * p.group, p.device.units) == p.BH:
-            return most // H, H, H * p.group
-    return most, 1, p.group
+from .._shared.step_cases import Sizes, make_pool, make_slots, tolerance
+from .._shared.step_workload import layout, oracle, proof_key, scales
+from .cases import make_qkv, make_ssd
+from .recurrence import Options, Tensors
 
 
 def _make(p: Problem, B: int, H: int, device: torch.device, seed: int, regime: str, padded: bool) -> tuple[Tensors, Options]:
@@ -60,37 +53,13 @@ def make(p: Problem, device: torch.device, seed: int = 0) -> tuple[Tensors, Opti
     return _make(p, B, H, device, seed, "mild", False)
 
 
-def proof_key(p: Problem) -> Problem:
-    """Rows and heads are arguments of the kernel, and no constants of it."""
-    return dataclasses.replace(p, N=1, BH=p.group * 2, grad=False, capture=False, deterministic=False, interpret=False, forced=False)
-
-
 def trials(p: Problem, config: Any) -> tuple[Trial, ...]:
-    """A few rows, padding among them where there are slots; gates under stress; and more than one wave of blocks, repeated."""
-    few, many = (1, 1) if p.BH // p.group == 1 else (3, 16)
-
-    def trial(name: str, B: int, heads: int, regime: str = "mild", repeats: int = 1) -> Trial:
-        return Trial(name, dataclasses.replace(p, N=B, BH=B * heads * p.group), heads * p.group, None, regime, repeats)
-
-    found = [trial("few", 7, few)]
-    if p.flag("decay") in ("token", "ssd"):
-        found += [trial(regime, 5, few, regime) for regime in ("strong", "reset")]
-    waves = 5 * p.device.units
-    found.append(trial("wave", max(2, -(-waves // (many * p.group))), many, repeats=3))
-    return tuple(found)
+    return step_workload.trials(p, p.flag("decay") in ("token", "ssd"))
 
 
 def make_trial(trial: Trial, device: torch.device, seed: int = 1) -> tuple[Tensors, Options]:
     p = trial.problem
     return _make(p, p.N, trial.heads // p.group, device, seed, trial.regime, True)
-
-
-def oracle(trial: Trial) -> tuple[str, Any]:
-    return ("reference", None) if trial.problem.BH <= 64 else ("step_torch", None)
-
-
-def scales(t: Tensors, gradients: Nothing) -> dict[str, float]:
-    return {}
 
 
 WORKLOAD = Workload(
