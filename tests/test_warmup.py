@@ -96,10 +96,33 @@ def test_workload_file(tmp_path: Path) -> None:
     )
     calls = read_workload(path)
     assert len(calls) == 2 * 2 * 3 * 2 + 3 + 2 and len({c.text() for c in calls}) == len(calls)
-    for bad in ("", "[[call]]\nheads = 2\n", '[[call]]\nop = "retention"\ncolour = 1\n', "x", '[[call]]\nop = "retention"\nlength = "a"\n'):
+    for bad in (
+        "",
+        "[[call]]\nheads = 2\n",
+        '[[call]]\nop = "retention"\ncolour = 1\n',
+        "x",
+        '[[call]]\nop = "retention"\nlength = "a"\n',
+        '[[call]]\nop = "retention"\noptions = 3\n',
+    ):
         path.write_text(bad)
         with pytest.raises(CallError):
             read_workload(path)
+
+
+def test_options_of_a_workload(tmp_path: Path) -> None:
+    """They reach the op and its step, whose keys name what the step does inside."""
+    path = tmp_path / "model.toml"
+    path.write_text(
+        '[[call]]\nop = ["gated_delta", "kda"]\nheads = 2\nhead_dim = 16\nuse = "serve"\nbatch = 2\nlength = 64\noptions = {raw = true}\n'
+    )
+    calls = read_workload(path)
+    assert all(("raw", True) in c.options and "raw=True" in c.text() for c in calls) and len(calls) == 2 * (2 + 1 + 2)
+    keys = [c.key(profile(CPU)) for c in calls if c.op.endswith("_step")]
+    assert {k.flag("decay") for k in keys} == {"token", "channel"}
+    for key in keys:
+        assert (key.flag("l2norm"), key.flag("weight"), key.flag("gate")) == ("true", "sigmoid", "softplus")
+    for call in calls:
+        warm.launch(call, CPU)
 
 
 @pytest.mark.parametrize("name", registry.op_names())

@@ -9,6 +9,7 @@ A file is TOML; op, dtype, heads, head_dim and batch may be lists, and each tabl
     head_dim = 128              # also value_heads, value_dim, state_dim, and sizes = {G = 2} for any size of the op
     use = "train"               # or "serve"
     state_dtype = "float32"     # of the pools of steps, also bfloat16
+    options = {raw = true}      # of the op and its step, as in the key files of tune
     batch = [1, 8]              # sequences of a call
     length = "64:4096"          # tokens of each: a number, a list, or a range, which stands for all its buckets
     packed = "both"             # dense (default), packed or both
@@ -51,7 +52,7 @@ class Call:
     grad: bool = False
     initial_state: bool = False
     final_state: bool = False
-    options: tuple[tuple[str, str], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def recurrence(self) -> str:
@@ -138,8 +139,9 @@ def model_calls(
     batch: Iterable[int] | None = None,
     lengths: Iterable[int] | None = None,
     layout: str = "dense",
+    options: Mapping[str, Any] | None = None,
 ) -> list[Call]:
-    """The calls of training (`train`) or serving (`serve`) one op of a model; of a step, its calls alone.
+    """The calls of training (`train`) or serving (`serve`) one op of a model; of a step, its calls alone. options: as for the op's example.
 
     Raises UnknownNameError for a wrong name.
     """
@@ -151,9 +153,10 @@ def model_calls(
     batches = tuple(batch) if batch is not None else batches
     tokens = tuple(lengths) if lengths is not None else parse_numbers(default, "length")
     found: dict[Call, None] = {}
+    own = tuple((options or {}).items())
 
     def add(B: int, T: int, packed: bool, grad: bool, initial: bool, final: bool) -> None:
-        found[Call(op, tuple({**whole, "B": B, "T": T}.items()), dtype, packed, grad, initial, final)] = None
+        found[Call(op, tuple({**whole, "B": B, "T": T}.items()), dtype, packed, grad, initial, final, own)] = None
 
     step = op if "T" not in whole else f"{op}_step"
     if use == "train" and step == op:
@@ -170,9 +173,9 @@ def model_calls(
             if step != op:
                 add(B, 1, False, False, True, True)
             if step in registry.op_names():
-                own = {name: B if name == "B" else whole[name] for name in registry.get_op(step).sizes}
+                named = {name: B if name == "B" else whole[name] for name in registry.get_op(step).sizes}
                 for pool in ("none", "slots"):
-                    found[Call(step, tuple(own.items()), dtype, options=(("pool", pool), ("state_dtype", state_dtype)))] = None
+                    found[Call(step, tuple(named.items()), dtype, options=(*own, ("pool", pool), ("state_dtype", state_dtype)))] = None
     return list(found)
 
 
@@ -190,6 +193,7 @@ _WORDS = (
     "batch",
     "length",
     "packed",
+    "options",
 )
 _LISTS = ("op", "dtype", "heads", "value_heads", "head_dim", "value_dim", "state_dim", "state_dtype", "use")
 
@@ -213,6 +217,10 @@ def read_workload(path: Path) -> list[Call]:
 
 
 def _expand(row: dict[str, Any], where: str) -> list[Call]:
+    if not isinstance(row.get("options", {}), dict):
+        raise CallError(
+            f"{where}: options: expected a table, got {row['options']!r}. To fix: write for example options = {{normalize = true}}."
+        )
     choices = {name: row[name] if isinstance(row[name], list) else [row[name]] for name in _LISTS if name in row}
     batch = parse_numbers(row["batch"], f"{where}: batch") if "batch" in row else None
     lengths = parse_numbers(row["length"], f"{where}: length") if "length" in row else None
@@ -222,5 +230,7 @@ def _expand(row: dict[str, Any], where: str) -> list[Call]:
     for values in itertools.product(*choices.values()):
         named = dict(zip(choices, values, strict=True))
         op, use = named.pop("op"), named.pop("use", "train")
-        calls += model_calls(op, use, sizes=row.get("sizes"), batch=batch, lengths=lengths, layout=layout, **named)
+        calls += model_calls(
+            op, use, sizes=row.get("sizes"), batch=batch, lengths=lengths, layout=layout, options=row.get("options"), **named
+        )
     return calls

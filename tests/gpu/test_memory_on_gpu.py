@@ -29,7 +29,7 @@ LAYOUTS = {
     "packed": packed((2000, 0, 1, 3000, 63, 1024, 2104), 16),
     "packed_few_heads": packed((9000, 1, 0, 7000, 383), 2),
 }
-STEPS = [c for c in steps.CASES if c.name.startswith("bench") or c.name in ("gpu", "gpu_normalized", "gpu_gated", "gpu_bare")]
+STEPS = [c for c in steps.CASES if c.name.startswith("bench") or c.name in ("gpu", "gpu_normalized", "gpu_gated", "gpu_bare", "gpu_raw")]
 
 
 def held(call: Callable[[], object]) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import matrix
 import pytest
 import steps
 import torch
 from drawn_steps import drawn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from steps import Case, StepRoom
+from steps import Case, Inputs, Sizes, StepRoom
 
 from fla_dispatch import registry
 from fla_dispatch.device import profile
@@ -45,6 +46,16 @@ def test_prefill_and_steps_equal_one_call(variant: str, op: str, options: tuple[
 @pytest.mark.parametrize("op", steps.DELTA_STEP.cases.OP_NAMES)
 def test_many_hard_tokens(op: str, kind: str, variant: str) -> None:
     steps.check_stress(variant, op, kind, "cpu", tokens_of_each=12)
+
+
+def test_weights_and_gates_of_any_strides() -> None:
+    """beta and gates per head are read where they are, whatever lies between their heads."""
+    inputs = steps.make_inputs("gated_delta_step", Sizes(3, 1, 2, 16, 16))
+    want = steps.run("gated_delta_step", "step_triton", inputs.fresh())
+    *args, g, beta, state = inputs.fresh().args
+    g, beta = (torch.stack([x, x.new_full((), float("nan")).expand_as(x)], -1)[..., 0] for x in (g, beta.t().contiguous().t()))
+    assert g.stride() == (4, 2)
+    matrix.same(steps.run("gated_delta_step", "step_triton", Inputs((*args, g, beta, state), {})), want, "a step with other strides")
 
 
 @pytest.mark.parametrize("room", steps.ROOMS, ids=lambda room: room.name)
