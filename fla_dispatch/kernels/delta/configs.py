@@ -12,6 +12,18 @@ class RecurrentConfig(NamedTuple):
     warps: int
 
 
+class ChunkConfig(NamedTuple):
+    """BT: tokens per chunk, a divisor of 64; BV: columns of the state that a block of a sweep holds; warps and pipeline stages of a
+    sweep; tma: tiles of sweeps by tensor descriptors; tf32: merges of the inverse in three tf32 terms, else float32."""
+
+    BT: int
+    BV: int
+    warps: int
+    stages: int
+    tma: bool = False
+    tf32: bool = False
+
+
 class TorchConfig(NamedTuple):
     """C: tokens per chunk."""
 
