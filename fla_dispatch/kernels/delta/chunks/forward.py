@@ -5,7 +5,8 @@ through its sequence chunk by chunk with the state in registers:
 
     (12)  y = beta (v - exp(E) p S),   w = A y,   o = scale (exp(G) q S + X w),   S <- exp(G_end) S + k^T (exp(G_end - G) w)
 
-Every operand of a product but X, which waits for nothing of the state, is read from shared memory as it was loaded or rounded.
+Operands of products are read from shared memory as they were loaded or rounded; X, where it is computed here, waits for no state.
+Results are stored by pointers: a descriptor's tile of shared memory would cost the second block of a unit.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def chunk_forward(
     gates,  # [HV, B * T] cumulative log2 decays or None
     beta,  # [B, T, HV]
     inverse,  # [HV, B * T, BT]
+    scores,  # [HV, B * T, BT] scale X, or None: then it is computed here
     h0,  # [N, HV, K, V] or None
     cu,  # [N + 1] or None
     offsets,  # [N + 1] or None
@@ -73,9 +75,9 @@ def chunk_forward(
         rows_p = rows_of(p + begin * s_p + i_h * K, length, s_p, K, BT, BK, TMA)
     if o is not None:
         rows_q = rows_of(q + begin * s_q + i_h * K, length, s_q, K, BT, BK, TMA)
-        rows_o = rows_of(o + (begin * HV + i_hv) * V, length, HV * V, V, BT, BV, TMA)
-    if w is not None:
-        rows_w = rows_of(w + (begin * HV + i_hv) * V, length, HV * V, V, BT, BV, TMA)
+    if scores is not None:
+        rows_x = rows_of(scores + (i_hv * plane + begin) * BT, length, BT, BT, BT, BT, TMA)
+    p_o = (begin * HV + i_hv) * V
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -115,17 +117,22 @@ def chunk_forward(
         b_wh = b_w.to(b_v.dtype)
         if o is not None:
             b_q = load_tile(rows_q, length, s_q, i_t, 0, K, BT, BK, TMA)
-            b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-            b_o = tl.dot(b_q, b_sh, input_precision=PRECISION)
+            b_o = tl.dot(b_q, b_sh, input_precision=PRECISION) * scale
             if gates is not None:
                 b_o *= tl.exp2(b_G)[:, None]
-                b_x *= between(b_G[:, None], b_G[None, :], inside)
+            if scores is not None:
+                b_x = load_tile(rows_x, length, BT, i_t, 0, BT, BT, BT, TMA)
             else:
-                b_x = tl.where(inside, b_x, 0.0)
-            b_o = tl.dot(b_x.to(b_v.dtype), b_wh, b_o, input_precision=PRECISION)
-            store_tile(rows_o, b_o * scale, length, HV * V, i_t, i_v, V, BT, BV, TMA)
+                b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+                if gates is not None:
+                    b_x *= between(b_G[:, None], b_G[None, :], inside)
+                else:
+                    b_x = tl.where(inside, b_x, 0.0)
+                b_x = b_x.to(b_v.dtype)
+            b_o = tl.dot(b_x, b_wh, b_o, input_precision=PRECISION)
+            store_tile(o + p_o, b_o, length, HV * V, i_t, i_v, V, BT, BV, False)
         if w is not None:
-            store_tile(rows_w, b_wh, length, HV * V, i_t, i_v, V, BT, BV, TMA)
+            store_tile(w + p_o, b_wh, length, HV * V, i_t, i_v, V, BT, BV, False)
         if states is not None:
             tl.store(states + ((i_c + i_t) * HV + i_hv) * K * V + p_s, b_sh, mask=m_s)
         if gates is not None:
@@ -139,6 +146,7 @@ def chunk_forward(
 def run_forward(
     c: Call,
     inverse: torch.Tensor,
+    scores: torch.Tensor | None,
     gates: torch.Tensor | None,
     warps: int,
     *,
@@ -149,7 +157,7 @@ def run_forward(
 ) -> None:
     """Fill what is given."""
     args = (
-        c.q, c.k, c.p, c.v, gates, c.beta, inverse, c.h0, c.cu, c.offsets, o, state, w, states, c.T, c.N, c.B * c.T, c.scale,
+        c.q, c.k, c.p, c.v, gates, c.beta, inverse, scores, c.h0, c.cu, c.offsets, o, state, w, states, c.T, c.N, c.B * c.T, c.scale,
         c.s_q, c.s_k, c.s_p, c.s_v, c.H, c.HV,
     )  # fmt: skip
     constants = c.constants("V", "BV", "BT", "EARLY", "TMA", "STAGES")

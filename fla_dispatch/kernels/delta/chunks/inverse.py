@@ -1,4 +1,4 @@
-"""The inverse of equation (6), A = (I + Diag(beta) M)^-1, of every chunk and value head, and the sums of its gates.
+"""The inverse of equation (6), A = (I + Diag(beta) M)^-1, of every chunk and value head, its scores X, and the sums of its gates.
 
 Grid: (chunks * HV), heads fastest: neighbours read adjacent rows of p and k. M is a product on the matrix unit with its decay; the
 inverse is float32: diagonal blocks of 16 by elimination, column after column, and larger blocks from their halves,
@@ -6,7 +6,7 @@ inverse is float32: diagonal blocks of 16 by elimination, column after column, a
     (11)  [[P, 0], [L, Q]]^-1 = [[P^-1, 0], [-Q^-1 L P^-1, Q^-1]]
 
 so no power of M is ever formed: with beta near 2 and repeated keys those reach 1e9, and the inverse 2. beta is per value head,
-so value heads share no inverse, and the decay is part of it: what reads it needs neither gates nor a product of its own.
+so value heads share no inverse, and the decay is part of it: what reads A and scale X needs no product and no exponential for them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,22 @@ import triton.language as tl
 from ..._shared.launch import launch
 from ..._shared.tiles import load_tile
 from .host import Call
-from .parts import LOG2E, chunk_span
+from .parts import LOG2E, between, chunk_span
 
 #: Tokens of a block that is inverted by elimination: the smallest operand of a matrix product.
 BLOCK = tl.constexpr(16)
+
+
+@triton.jit
+def products(a, b, length, s_a, s_b, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T of the first BT rows of each, [BT, BT], of which `length` are there."""
+    BD: tl.constexpr = min(BK, 64)
+    b_x = tl.zeros([BT, BT], tl.float32)
+    for i_d in tl.static_range(BK // BD):
+        b_a = load_tile(a, length, s_a, 0, i_d, K, BT, BD, False)
+        b_b = load_tile(b, length, s_b, 0, i_d, K, BT, BD, False)
+        b_x = tl.dot(b_a, tl.trans(b_b), b_x, input_precision=PRECISION)
+    return b_x
 
 
 @triton.jit
@@ -64,21 +76,25 @@ def merged(b_a, b_l, NB: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constex
     return tl.reshape(whole, [NB, 2 * SIZE, 2 * SIZE])
 
 
-@triton.jit(do_not_specialize=["T", "N", "total", "H", "HV"])
+@triton.jit(do_not_specialize=["T", "N", "total", "scale", "H", "HV"])
 def chunk_inverse(
     k,  # [B, T, H, K], token stride s_k
     p,  # [B, T, H, K], token stride s_p, or None
+    q,  # [B, T, H, K], token stride s_q, or None
     g,  # [B, T, HV] log decays or None
     beta,  # [B, T, HV]
     cu,  # [N + 1] or None
     offsets,  # [N + 1] or None
     inverse,  # [HV, B * T, BT]
+    scores,  # [HV, B * T, BT] scale X, or None
     gates,  # [HV, B * T] float32 cumulative log2 decays of each chunk, or None
     T,
     N,
     total,
+    scale,
     s_k,
     s_p,
+    s_q,
     H,
     HV,
     K: tl.constexpr,
@@ -97,24 +113,30 @@ def chunk_inverse(
         return
     o_t = tl.arange(0, BT)
     m_t = o_t < length
-    BD: tl.constexpr = min(BK, 64)
-    b_l = tl.zeros([BT, BT], tl.float32)
-    for i_d in tl.static_range(BK // BD):
-        b_k = load_tile(k + begin * s_k + i_h * K, length, s_k, 0, i_d, K, BT, BD, False)
-        b_p = b_k if p is None else load_tile(p + begin * s_p + i_h * K, length, s_p, 0, i_d, K, BT, BD, False)
-        b_l = tl.dot(b_p, tl.trans(b_k), b_l, input_precision=PRECISION)
+    p_k = k + begin * s_k + i_h * K
     p_t = (begin + o_t) * HV + i_hv
     plane = tl.cast(total, tl.int64)
-    b_beta = tl.load(beta + p_t, mask=m_t, other=0.0).to(tl.float32)
-    b_l *= b_beta[:, None]
-    later = o_t[:, None] > o_t[None, :]
+    p_a = (i_hv * plane + begin + o_t[:, None]) * BT + o_t[None, :]
+    later, same = o_t[:, None] > o_t[None, :], o_t[:, None] == o_t[None, :]
     if g is not None:
         b_g = tl.load(g + p_t, mask=m_t, other=0.0).to(tl.float32)
         b_g = tl.where(b_g < FLOOR, FLOOR, b_g) * LOG2E
         b_G = tl.cumsum(b_g, 0)
         tl.store(gates + i_hv * plane + begin + o_t, b_G, mask=m_t)
-        b_E = b_G - b_g if EARLY else b_G
-        b_l *= tl.exp2(tl.where(later, tl.minimum(b_E[:, None] - b_G[None, :], 0.0), float("-inf")))
+    if q is not None:  # done with before the inverse, beside which its registers would spill
+        b_x = products(q + begin * s_q + i_h * K, p_k, length, s_q, s_k, K, BK, BT, PRECISION) * scale
+        if g is not None:
+            b_x *= between(b_G[:, None], b_G[None, :], later | same)
+        else:
+            b_x = tl.where(later | same, b_x, 0.0)
+        tl.store(scores + p_a, b_x.to(scores.dtype.element_ty), mask=m_t[:, None])
+    if p is not None:
+        b_l = products(p + begin * s_p + i_h * K, p_k, length, s_p, s_k, K, BK, BT, PRECISION)
+    else:
+        b_l = products(p_k, p_k, length, s_k, s_k, K, BK, BT, PRECISION)
+    b_l *= tl.load(beta + p_t, mask=m_t, other=0.0).to(tl.float32)[:, None]
+    if g is not None:
+        b_l *= between((b_G - b_g if EARLY else b_G)[:, None], b_G[None, :], later)
     else:
         b_l = tl.where(later, b_l, 0.0)
     NB: tl.constexpr = BT // BLOCK
@@ -125,15 +147,19 @@ def chunk_inverse(
     elif NB == 2:
         b_a = merged(b_a, tl.reshape(b_l, [1, 32, 32]), 1, 16, MERGE)
     b_a = tl.reshape(b_a, [BT, BT])
-    p_a = inverse + (i_hv * plane + begin + o_t[:, None]) * BT + o_t[None, :]
-    tl.store(p_a, b_a.to(inverse.dtype.element_ty), mask=m_t[:, None])
+    tl.store(inverse + p_a, b_a.to(inverse.dtype.element_ty), mask=m_t[:, None])
 
 
-def run_inverse(c: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The inverse of each chunk, [HV, B * T, BT] in the inputs' dtype, and cumulative log2 decays inside chunks, [HV, B * T]."""
+def run_inverse(c: Call, scores: bool) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The inverse and, if asked for, the scores scale X of each chunk, [HV, B * T, BT] in the inputs' dtype, and cumulative log2
+    decays inside chunks, [HV, B * T] float32, where there are gates."""
     warps = 4 if c.q.dtype == torch.float32 else 1  # one warp shares no tile, and its chunks fill a unit; float32 products want more
     inverse = c.q.new_empty((c.HV, c.B * c.T, c.BT))
+    x = torch.empty_like(inverse) if scores else None
     gates = None if c.g is None else c.q.new_empty((c.HV, c.B * c.T), dtype=torch.float32)
-    args = (c.k, c.p, c.g, c.beta, c.cu, c.offsets, inverse, gates, c.T, c.N, c.B * c.T, c.s_k, c.s_p, c.H, c.HV)
+    args = (
+        c.k, c.p, c.q if scores else None, c.g, c.beta, c.cu, c.offsets, inverse, x, gates, c.T, c.N, c.B * c.T, c.scale, c.s_k, c.s_p,
+        c.s_q, c.H, c.HV,
+    )  # fmt: skip
     launch(chunk_inverse, (c.chunks * c.HV,), args, c.constants("BT", "EARLY", "MERGE", "FLOOR"), warps, 1)
-    return inverse, gates
+    return inverse, x, gates

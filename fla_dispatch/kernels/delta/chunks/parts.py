@@ -31,9 +31,9 @@ def first_chunk(offsets, i_n, T, BT: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def between(b_from, b_to, inside):
-    """exp2(later - earlier) of cumulative log2 decays where `inside`, else 0: rows b_from [BT, 1], columns b_to [1, BT], or turned."""
-    return tl.exp2(tl.where(inside, b_from - b_to, float("-inf")))
+def between(b_later, b_earlier, inside):
+    """exp2(b_later - b_earlier) of cumulative log2 decays where `inside`, else 0; their rounding makes none positive."""
+    return tl.exp2(tl.where(inside, tl.minimum(b_later - b_earlier, 0.0), float("-inf")))
 
 
 @triton.jit
