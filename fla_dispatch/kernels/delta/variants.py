@@ -44,7 +44,8 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     Half precision: 64-token chunks fill the matrix unit's 64 rows. 64 columns of the state on 4 warps take 217 to 255 registers and no
     stack at K = 128 with X by way of memory; X in the sweep takes 72 bytes of stack and leaves shared memory for two blocks of a unit.
     128 columns on 8 warps spill 80 to 312 bytes, and read q and k once. K = 256 wants 8 warps. Tiles narrower than 64 columns never
-    run on 4 warps: decision 0003. Shorter chunks are for devices with less shared memory. float32 has no matrix unit at full
+    run on 4 warps: decision 0003. Shorter chunks are for devices with less shared memory, and for sm100, for which Triton 3.7
+    does not compile sums over accumulators of 64 rows that a loop adds to (gradients of gates). float32 has no matrix unit at full
     precision, and short chunks lose fewer digits: small tiles.
     """
     K, V = tile(p.K), tile(p.V)
@@ -70,6 +71,8 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     found = [ChunkConfig(*x[:4], bool(i), *x[4:], tf32) for i, group in ((1, tma), (0, plain)) for x in group if whole or not i]
     room = p.device.shared_bytes if p.device.is_gpu else 1 << 30
     fitting = [c for c in found if _shared_bytes(p, c) <= room] or found[-1:]
+    if 100 <= p.device.arch_number < 120 and p.grad and p.flag("decay") == "token":
+        fitting = [c for c in fitting if c.BT < 64 or c.parallel < 4] or fitting
     full = [c for c in fitting if c.BT == 64]
     return tuple(full if len(full) > 1 else fitting)
 

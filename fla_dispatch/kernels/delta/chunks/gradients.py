@@ -36,7 +36,7 @@ def of_keys(
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
     b_z = tl.zeros([BT], tl.float32)
-    overlap = 0.0
+    overlap = tl.zeros([BK], tl.float32)
     b_wD = tl.zeros([BT, BK], tl.float32)
     b_yS = tl.zeros([BT, BK], tl.float32)
     b_dM = tl.zeros([BT, BT], tl.float32)
@@ -57,7 +57,7 @@ def of_keys(
         turned_X = tl.dot(b_w, tl.trans(b_do), turned_X, input_precision=PRECISION)
         turned_M = tl.dot(b_w, tl.trans(b_y), turned_M, input_precision=PRECISION)
         if GATED:
-            overlap += tl.sum(tl.sum(b_S.to(tl.float32) * b_D.to(tl.float32), 1), 0)
+            overlap += tl.sum(b_S.to(tl.float32) * b_D.to(tl.float32), 1)
     turned_M *= -b_beta[None, :]
     b_dM *= -b_beta[:, None]
     b_yS *= -b_beta[:, None]
@@ -86,7 +86,7 @@ def of_keys(
     else:
         b_dk += b_dp
     store_tile(dk, b_dk, length, s_dk, 0, 0, K, BT, BK, False)
-    return b_z, overlap
+    return b_z, tl.sum(overlap, 0)
 
 
 @triton.jit
