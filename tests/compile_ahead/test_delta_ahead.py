@@ -35,7 +35,10 @@ def test_default_configs(name: str, arch: str) -> None:
     key = problem(SHAPES[name], arch).key()
     for variant in map(RECURRENCE.variant, VARIANTS):
         refusals = variant.static_refusals(key)
-        assert not refusals, f"{variant.name} on {arch}: {[r.text() for r in refusals]}"
+        foreign = variant.name == "chunk_triton" and key.flag("decay") == "channel"
+        assert bool(refusals) == foreign, f"{variant.name} on {arch}: {[r.text() for r in refusals]}"
+        if refusals:
+            continue
         compile_and_fit(launches(SHAPES[name], variant.name, variant.configs(key)[0]), arch)
 
 
@@ -51,6 +54,8 @@ def test_other_configs(variant: str, arch: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_lengths_never_recompile(name: str, variant: str) -> None:
+    if RECURRENCE.variant(variant).static_refusals(problem(SHAPES[name], "sm90").key()):
+        pytest.skip("refused")
     check_lengths(SHAPES[name], variant)
 
 

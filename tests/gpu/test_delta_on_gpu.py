@@ -87,6 +87,7 @@ def test_stress(variant: str, name: str, dtype: torch.dtype) -> None:
 def test_packs_never_wait_for_the_device(variant: str, bare: bool, op: str) -> None:
     (case,) = (c for c in DELTA.cases.select("gpu", op) if c.name == "pack")
     inputs = case.make(DEVICE)
+    matrix.trainable(variant, op, inputs)
     if bare:
         inputs = inputs._replace(kwargs={**inputs.kwargs, "cu_seqlens": inputs.kwargs["cu_seqlens"].cu_seqlens})
     want = matrix.execute(op, variant, inputs, grad=True)  # compiles
@@ -100,6 +101,7 @@ def test_packs_never_wait_for_the_device(variant: str, bare: bool, op: str) -> N
 def test_graph_replays_the_same_bits(variant: str, op: str) -> None:
     (case,) = (c for c in DELTA.cases.select("gpu", op) if c.name == "gpu_pack")
     inputs, run = case.make(DEVICE), matrix.runner(op, variant)
+    matrix.trainable(variant, op, inputs)
     with torch.no_grad():
         run(inputs)
         graph = torch.cuda.CUDAGraph()

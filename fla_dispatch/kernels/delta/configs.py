@@ -12,6 +12,21 @@ class RecurrentConfig(NamedTuple):
     warps: int
 
 
+class ChunkConfig(NamedTuple):
+    """BT: tokens per chunk, a divisor of 64; BV: columns of the state that a block of a sweep holds; warps and stages: of a sweep;
+    tma: tiles of sweeps by tensor descriptors; scores: X by way of memory, else in the sweep (forward); parallel: warps of the
+    gradients' chunks; tf32: merges of the inverse in three tf32 terms, else float32."""
+
+    BT: int
+    BV: int
+    warps: int
+    stages: int
+    tma: bool = False
+    scores: bool = True
+    parallel: int = 8
+    tf32: bool = True
+
+
 class TorchConfig(NamedTuple):
     """C: tokens per chunk."""
 

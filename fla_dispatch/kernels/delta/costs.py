@@ -44,6 +44,30 @@ def recurrent_cost(p: Problem, config: Any, direction: Direction) -> float:
     return passes * (LAUNCH + longest * max(STEP, busy)) + moved / p.device.bandwidth
 
 
+#: Untimed as well: seconds of a chunk of 64 tokens of a block that has its unit to itself (three products that wait for each other, with
+#: rounding and a barrier before each), and the share of the matrix rate that products of 64 rows reach.
+CHUNK, SHARE = 2e-6, 0.3
+
+
+def chunk_cost(p: Problem, config: Any, direction: Direction) -> float:
+    """Inverses of all chunks, a pass over time (backward: two), and, backward, the gradients of all chunks."""
+    columns, every = -(-p.V // config.BV), tokens(p)
+    mean = every / max(1, p.BH)
+    longest = min(2 * mean, p.T) if p.packed and p.N > 1 else mean
+    rate = SHARE * (p.device.vector_rate if p.dtype("qkv") == "float32" else p.device.matrix_rate)
+    passes = 2 if direction.backward else 1
+    work = 2 * config.BT * config.BV * (3 * p.K + 2 * config.BT) * p.device.units / rate
+    step = max(CHUNK * (0.5 + config.BT / 128), -(-p.BH * columns // p.device.units) * work)
+    pairs = 2 * every * config.BT * (2 * p.K + 2 * config.BT) / rate
+    local = 2 * every * (6 * p.K * p.V + 8 * config.BT * (p.K + p.V)) / rate if direction.backward else 0.0
+    size, matrices = item_bytes(p), 4 * config.BT
+    moved = every * size * ((2 + columns) * p.K / p.group + 2 * p.V + matrices)
+    moved += direction.backward * every * size * (8 * p.K + 6 * p.V + 4 * p.K * p.V / config.BT + matrices)
+    moved += 4.0 * p.BH * p.K * p.V * (int(p.initial_state) + int(p.final_state))
+    launches = 4 if direction.backward else 2
+    return launches * LAUNCH + passes * -(-longest // config.BT) * step + pairs + local + moved / p.device.bandwidth
+
+
 def torch_cost(p: Problem, config: Any, direction: Direction) -> float:
     every, times = tokens(p), 3 if direction.backward else 1
     channels = p.K if p.flag("decay") == "channel" else 1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ...problem import Problem
 from ...registry import Recurrence, Variant
-from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package
+from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package, Rule, SharedMemory
 from .._shared.launch import tile
 from . import recurrence
-from .configs import RecurrentConfig, TorchConfig
-from .costs import recurrent_cost, reference_cost, torch_cost
+from .configs import ChunkConfig, RecurrentConfig, TorchConfig
+from .costs import chunk_cost, item_bytes, recurrent_cost, reference_cost, torch_cost
 from .workload import WORKLOAD
 
 HALF = ("bfloat16", "float16")
@@ -25,6 +25,71 @@ def _recurrent_configs(p: Problem) -> tuple[RecurrentConfig, ...]:
     return tuple(found) or (RecurrentConfig(16, 4),)
 
 
+def _shared_bytes(p: Problem, c: ChunkConfig) -> int:
+    """Shared memory of the largest of a config's blocks: a sweep's staged tiles of q, k (p), v or do, A and X and its copies of the state
+    and of y; or the tiles of a chunk's gradients."""
+    size, BK, keys = item_bytes(p), tile(p.K), 3 if p.flag("removal") == "p" else 2
+    BV = min(c.BV, tile(p.V))
+    staged = c.BT * (keys * BK + BV) + 2 * c.BT * c.BT
+    sweep = c.stages * staged + BK * BV + c.BT * BV
+    narrow = min(BV, 64)
+    gradients = keys * c.BT * BK + 2 * BK * narrow + 2 * c.BT * narrow if p.grad else 0
+    return size * max(sweep, gradients) + 2048
+
+
+def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
+    """Configs that fit the device's shared memory, those with tensor descriptors first. Registers are those of the compiler for sm90
+    (Triton 3.6); nothing has been timed.
+
+    Half precision: 64-token chunks fill the matrix unit's 64 rows. 64 columns of the state on 4 warps take 217 to 255 registers and no
+    stack at K = 128 with X by way of memory; X in the sweep takes 72 bytes of stack and leaves shared memory for two blocks of a unit.
+    128 columns on 8 warps spill 80 to 312 bytes, and read q and k once. K = 256 wants 8 warps. Tiles narrower than 64 columns never
+    run on 4 warps: decision 0003. Shorter chunks are for devices with less shared memory, and for sm100, for which Triton 3.7
+    does not compile sums over accumulators of 64 rows that a loop adds to (gradients of gates). float32 has no matrix unit at full
+    precision, and short chunks lose fewer digits: small tiles.
+    """
+    K, V = tile(p.K), tile(p.V)
+    tf32 = p.device.vendor == "nvidia" and p.dtype("qkv") != "float32"
+    tma: tuple[tuple[int, int, int, int, bool, int], ...] = ()  # BT, BV, warps, stages, scores, parallel
+    if p.dtype("qkv") == "float32":
+        plain: tuple[tuple[int, int, int, int, bool, int], ...] = (
+            (32, 32, 4, 1, True, 4),
+            (16, 32, 4, 1, True, 4),
+            (16, 16, 4, 1, True, 4),
+        )
+    elif min(K, V) < 64:
+        plain = ((64, 32, 2, 2, True, 2), (64, 32, 2, 1, True, 2), (32, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
+    elif K <= 128:
+        tma = ((64, 64, 4, 2, True, 8), (64, 64, 4, 3, True, 8), (64, 64, 4, 2, False, 8), (64, 128, 8, 2, True, 8))
+        plain = ((64, 64, 4, 2, True, 8), (64, 64, 4, 1, True, 8), (32, 64, 4, 1, True, 4), (32, 32, 2, 1, True, 2))
+        plain += ((16, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
+        tma = tma if V >= 128 else tma[:3]
+    else:
+        tma = ((64, 64, 8, 2, True, 8), (64, 64, 8, 1, True, 8))
+        plain = ((64, 64, 8, 1, True, 8), (32, 32, 2, 1, True, 2), (16, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
+    whole = all(d * item_bytes(p) % 16 == 0 for d in (p.K, p.V)) and (p.interpret or p.device.arch_number == 90)
+    found = [ChunkConfig(*x[:4], bool(i), *x[4:], tf32) for i, group in ((1, tma), (0, plain)) for x in group if whole or not i]
+    room = p.device.shared_bytes if p.device.is_gpu else 1 << 30
+    fitting = [c for c in found if _shared_bytes(p, c) <= room] or found[-1:]
+    if 100 <= p.device.arch_number < 120 and p.grad and p.flag("decay") == "token":
+        fitting = [c for c in fitting if c.BT < 64 or c.parallel < 4] or fitting
+    full = [c for c in fitting if c.BT == 64]
+    return tuple(full if len(full) > 1 else fitting)
+
+
+def _least_shared(p: Problem) -> int:
+    """Shared memory of the smallest config, backward included."""
+    BK = tile(p.K)
+    return item_bytes(p) * (16 * (3 * BK + 16) + 3 * BK * 16 + 2 * 16 * 16) + 2048
+
+
+def _interpretable(p: Problem) -> tuple[str, str, str] | None:
+    """Triton's interpreter holds bfloat16 as integers and multiplies their bit patterns in a matrix product."""
+    if p.interpret and not p.device.is_gpu and dict(p.dtypes)["qkv"] == "bfloat16":
+        return "bfloat16 under the interpreter", "float16 or float32", "cast q, k and v, or use recurrent_triton"
+    return None
+
+
 _TRITON = (
     Gpu(nvidia_min=80),
     Package("triton", (3, 5)),
@@ -35,8 +100,17 @@ _TRITON = (
     Dim("V", 1, 256),
     Flag("decay", ("none", "token", "channel")),
 )
+#: A gate per channel is part of the product of a pair, not a factor of it.
+_CHUNK = (
+    *_TRITON[:-1], Flag("decay", ("none", "token")), SharedMemory(_least_shared),
+    Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable),
+)  # fmt: skip
 
 VARIANTS = (
+    Variant(
+        "chunk_triton", f"{__package__}.chunk_triton", _CHUNK, chunk_cost, _chunk_configs,
+        "inverses of all chunks at once, then one pass over time with the state in registers",
+    ),
     Variant(
         "recurrent_triton", f"{__package__}.recurrent_triton", _TRITON, recurrent_cost, _recurrent_configs,
         "token by token in float32, forward and backward: decode and short lengths",

@@ -1,0 +1,48 @@
+"""Device functions that the kernels over chunks share: where a chunk is, and decays inside it."""
+
+import triton
+import triton.language as tl
+
+from ..._shared.spans import unit_span
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+#: Tokens of what chunks are counted in: `sequences.SEGMENTS` tabulates it for packs, and every BT divides it.
+SEG = tl.constexpr(64)
+
+
+@triton.jit
+def chunk_span(cu, offsets, i_c, T, N, BT: tl.constexpr, PACKED: tl.constexpr):
+    """First token and length of chunk i_c, counted through all segments; empty past a sequence's end."""
+    PER: tl.constexpr = SEG // BT
+    begin, length = unit_span(cu, offsets, i_c // PER, T, N, SEG, True, PACKED)
+    step = (i_c % PER) * BT
+    return begin + step, tl.maximum(tl.minimum(length - step, BT), 0)
+
+
+@triton.jit
+def first_chunk(offsets, i_n, T, BT: tl.constexpr, PACKED: tl.constexpr):
+    """The number of the first chunk of sequence i_n, as `chunk_span` counts."""
+    if PACKED:
+        segment = tl.load(offsets + i_n).to(tl.int64)
+    else:
+        segment = tl.cast(i_n, tl.int64) * tl.cdiv(T, SEG)
+    return segment * (SEG // BT)
+
+
+@triton.jit
+def between(b_later, b_earlier, inside):
+    """exp2(b_later - b_earlier) of cumulative log2 decays where `inside`, else 0; their rounding makes none positive."""
+    return tl.exp2(tl.where(inside, tl.minimum(b_later - b_earlier, 0.0), float("-inf")))
+
+
+@triton.jit
+def chunk_gates(g, i_t, length, BT: tl.constexpr, EARLY: tl.constexpr):
+    """Cumulative log2 decays G and E of chunk i_t, [BT] each, and their total; zero outside of [0, length)."""
+    o_t = tl.arange(0, BT)
+    t = i_t * BT + o_t
+    inside = (t >= 0) & (t < length)
+    b_G = tl.load(g + t, mask=inside, other=0.0)
+    b_E = tl.load(g + t - 1, mask=inside & (o_t > 0), other=0.0) if EARLY else b_G
+    last = tl.minimum(i_t * BT + BT, length) - 1
+    return b_G, b_E, tl.load(g + last, mask=(last >= 0) & (i_t >= 0), other=0.0)
