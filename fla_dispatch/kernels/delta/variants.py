@@ -48,8 +48,8 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     does not compile sums over accumulators of 64 rows that a loop adds to (gradients of gates). float32 has no matrix unit at full
     precision, and short chunks lose fewer digits: small tiles.
 
-    Segments in parallel where whole sequences leave half of the device idle and are long enough to be cut; their transitions are
-    composed in float32 registers, K <= 128.
+    Segments in parallel where whole sequences leave half of the device idle and are long enough to be cut, as the default where they
+    leave most of it idle (their passes are three times as much work). Transitions are composed in float32 registers, K <= 128.
     """
     K, V = tile(p.K), tile(p.V)
     tf32 = p.device.vendor == "nvidia" and p.dtype("qkv") != "float32"
@@ -78,11 +78,11 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
         fitting = [c for c in fitting if c.BT < 64 or c.parallel < 4] or fitting
     full = [c for c in fitting if c.BT == 64]
     whole = tuple(full if len(full) > 1 else fitting)
-    idle = p.device.units >= 2 * p.BH * -(-p.V // whole[0].BV) and tokens(p) >= 1024 * p.BH
-    if not idle or K > 128 or room < 4 * (K * K + 2 * K * 64):  # two tiles of the composition
+    blocks, length = p.BH * -(-p.V // whole[0].BV), tokens(p) / max(1, p.BH)
+    if p.device.units < 2 * blocks or length < 1024 or K > 128 or room < 4 * (K * K + 2 * K * 64):  # two tiles of the composition
         return whole
-    cut = tuple(c._replace(SEG=SEG) for SEG in (1024, 512, 2048) for c in whole[:1])
-    return (*cut, *whole)
+    cut = tuple(whole[0]._replace(SEG=SEG) for SEG in (1024, 512, 2048))
+    return (*cut, *whole) if p.device.units >= 8 * blocks and length >= 8192 else (*whole, *cut)
 
 
 def _least_shared(p: Problem) -> int:
