@@ -25,6 +25,7 @@ SHAPES = {
     "kda_128_pack_group": Shape("kda", 128, 128, H=4, HV=8, B=1, lengths=PACK, states=True),
     "comba_96_80_pack": Shape("comba", 96, 80, B=1, lengths=PACK),
     "delta_product_256": Shape("delta_product", 256, 256, options=(("num_householder", 3),)),
+    "gated_delta_128_segments": Shape("gated_delta", 128, 128, H=8, HV=8, B=1, T=32768, states=True),
     "kda_32_float32": Shape("kda", 32, 32, dtype=torch.float32, states=True),
 }
 

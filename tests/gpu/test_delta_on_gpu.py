@@ -13,7 +13,10 @@ from rooms import DELTA
 from waiting import no_waiting
 
 import fla_dispatch as fd
+from fla_dispatch.device import profile
 from fla_dispatch.kernels.delta.cases import Case, Sizes, make_inputs, tolerance
+from fla_dispatch.tuning.keys import key_of
+from fla_dispatch.tuning.proof import prove
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 TRITON = DELTA.variants("triton")
@@ -112,6 +115,18 @@ def test_graph_replays_the_same_bits(variant: str, op: str) -> None:
             x.copy_(other.leaves()[name])
         graph.replay()
         matrix.same(captured, run(other), "a replayed graph")
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("op", "packed"), [("gated_delta", False), ("comba", True)])
+def test_segments_are_proven(op: str, packed: bool, backward: bool) -> None:
+    """The tuner's own proof, of segments short enough that every trial has several."""
+    sizes = {"B": 1, "T": 4096, "H": 2, "HV": 4, "K": 128, "V": 128}
+    key = key_of(op, sizes, profile(torch.device(DEVICE)), dtype="bfloat16", packed=packed, initial_state=True)
+    variant = DELTA.recurrence.variant("chunk_triton")
+    config: Any = variant.configs(key)[0]
+    found = prove(DELTA.recurrence, variant, config._replace(SEG=64), key, torch.device(DEVICE), backward=backward)
+    assert found.status == "ok", found.detail
 
 
 @pytest.mark.parametrize("variant", TRITON)

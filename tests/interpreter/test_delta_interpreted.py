@@ -128,10 +128,7 @@ def test_drawn_calls(case: Case, seed: int) -> None:
         matrix.judge(found_grads, gradients, case, prefix="d", scales=matrix.gradient_scales(case.op, inputs, gradients))
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize(("op", "packed"), [("kda", False), ("comba", True)])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_configs_are_proven(variant: str, op: str, packed: bool, backward: bool) -> None:
+def proof_of(variant: str, op: str, packed: bool, backward: bool, **changes: int) -> Any:
     """The tuner's own proof with its guard bands, of the trials that are small enough here."""
     key = key_of(op, {"B": 2, "T": 64, "H": 1, "HV": 2, "K": 16, "V": 16}, profile(CPU), dtype="float32", packed=packed, initial_state=True)
     work = DELTA.recurrence.workload
@@ -141,9 +138,23 @@ def test_configs_are_proven(variant: str, op: str, packed: bool, backward: bool)
     against = [r.text() for r in recurrence.variant(variant).static_refusals(key) if r.code is RefusalCode.FLAG]
     if against:
         pytest.skip("; ".join(against))
-    config = recurrence.variant(variant).configs(key)[0]
-    found = prove(recurrence, recurrence.variant(variant), config, key, CPU, backward=backward)
-    assert found.status == "ok", (config, found.detail)
+    config: Any = recurrence.variant(variant).configs(key)[0]
+    return prove(recurrence, recurrence.variant(variant), config._replace(**changes), key, CPU, backward=backward)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("op", "packed"), [("kda", False), ("comba", True)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_configs_are_proven(variant: str, op: str, packed: bool, backward: bool) -> None:
+    found = proof_of(variant, op, packed, backward)
+    assert found.status == "ok", found.detail
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("op", "packed"), [("gated_delta", False), ("comba", True)])
+def test_segments_are_proven(op: str, packed: bool, backward: bool) -> None:
+    found = proof_of("chunk_triton", op, packed, backward, SEG=64)
+    assert found.status == "ok", found.detail
 
 
 def test_something_is_interpreted() -> None:

@@ -2,6 +2,7 @@
 
 Forward writes the inverses (with `scores` the scores too) and outputs: no w, no state but the last. Backward computes both again,
 passes over time once more for w and the states of all chunks, back in time for gradients of states, and then takes every chunk by itself.
+With SEG, segments of sequences run in parallel: passes for what each makes of zero and of the identity, then their composition, exact.
 """
 
 from __future__ import annotations
@@ -15,29 +16,41 @@ from .chunks.gradients import run_gradients
 from .chunks.host import prepare
 from .chunks.inverse import run_inverse
 from .chunks.reverse import run_reverse
+from .chunks.segments import gradients_after, states_before, transitions_of
 from .configs import ChunkConfig
 from .recurrence import Gradients, Options, OutputGrads, Outputs, Residuals, Tensors, empty_outputs
 
 
 def forward(config: ChunkConfig, t: Tensors, o: Options) -> Outputs:
     out = Outputs(*empty_outputs(t, o))
-    c = prepare(t, o, config)
+    c, warps = prepare(t, o, config), config.warps
     inverse, scores, gates = run_inverse(c, config.scores)
-    run_forward(c, inverse, scores, gates, config.warps, o=out.o, state=out.state if o.final_state else None)
+    h0, state = c.h0, out.state if o.final_state else None
+    if config.SEG:
+        h0 = states_before(c, inverse, gates, transitions_of(c, inverse, gates, warps), warps, state)
+        state = None
+    run_forward(c, inverse, scores, gates, warps, h0, o=out.o, state=state)
     return out
 
 
 def backward(config: ChunkConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
     t = residuals.tensors
-    c = prepare(t, o, config)
+    c, warps = prepare(t, o, config), config.warps
     do, s_do = token_rows(torch.zeros_like(t.v) if grads.o is None else grads.o.to(t.v.dtype), config.tma)
     dS = None if grads.state is None else grads.state.contiguous()
+    dh0 = None if c.h0 is None else torch.empty_like(c.h0)
     inverse, scores, gates = run_inverse(c, True)
     assert scores is not None, "asked for"
-    w, states = c.v.new_empty((c.B, c.T, c.HV, c.V)), c.q.new_empty((c.chunks, c.HV, c.K, c.V))
-    run_forward(c, inverse, None, gates, config.warps, w=w, states=states)
-    dh0 = None if c.h0 is None else torch.empty_like(c.h0)
-    dy, after = run_reverse(c, do, s_do, inverse, scores, gates, dS, dh0, config.warps)
+    w, dy = (c.v.new_empty((c.B, c.T, c.HV, c.V)) for _ in range(2))
+    states, after = (c.q.new_empty((c.chunks, c.HV, c.K, c.V)) for _ in range(2))
+    h0, first = c.h0, dh0
+    if config.SEG:
+        transitions = transitions_of(c, inverse, gates, warps)
+        h0 = states_before(c, inverse, gates, transitions, warps, None)
+        dS = gradients_after(c, do, s_do, inverse, scores, gates, dS, transitions, dh0, warps)
+        first = None
+    run_forward(c, inverse, None, gates, warps, h0, w=w, states=states)
+    run_reverse(c, do, s_do, inverse, scores, gates, dS, first, dy, after, warps)
     found = run_gradients(c, do, s_do, scores, gates, w, dy, states, after, config.parallel)
     dq, dk, dp = (None if x is None else sum_groups(x, c.HV // c.H).to(c.q.dtype) for x in (found.dq, found.dk, found.dp))
     every = (dq, dk, found.dv, dp, found.dg, found.dbeta, dh0)

@@ -15,7 +15,8 @@ class RecurrentConfig(NamedTuple):
 class ChunkConfig(NamedTuple):
     """BT: tokens per chunk, a divisor of 64; BV: columns of the state that a block of a sweep holds; warps and stages: of a sweep;
     tma: tiles of sweeps by tensor descriptors; scores: X by way of memory, else in the sweep (forward); parallel: warps of the
-    gradients' chunks; tf32: merges of the inverse in three tf32 terms, else float32."""
+    gradients' chunks; tf32: merges of the inverse in three tf32 terms, else float32; SEG: tokens of segments that run in parallel, one of
+    `sequences.SEGMENTS`, or 0."""
 
     BT: int
     BV: int
@@ -24,7 +25,8 @@ class ChunkConfig(NamedTuple):
     tma: bool = False
     scores: bool = True
     parallel: int = 8
-    tf32: bool = True
+    tf32: bool = False
+    SEG: int = 0
 
 
 class TorchConfig(NamedTuple):

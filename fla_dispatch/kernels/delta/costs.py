@@ -56,16 +56,22 @@ def chunk_cost(p: Problem, config: Any, direction: Direction) -> float:
     longest = min(2 * mean, p.T) if p.packed and p.N > 1 else mean
     rate = SHARE * (p.device.vector_rate if p.dtype("qkv") == "float32" else p.device.matrix_rate)
     passes = 2 if direction.backward else 1
+    rows, composed = float(p.BH), 0.0
+    if config.SEG:  # a pass for what each segment makes of zero, another, as wide as K, of the identity; a step composes as long as a chunk
+        segments = -(-longest // config.SEG)
+        composed = (1 + direction.backward) * segments * CHUNK
+        passes *= 2 + p.K / p.V
+        rows, longest = rows * segments, min(longest, config.SEG)
     work = 2 * config.BT * config.BV * (3 * p.K + 2 * config.BT) * p.device.units / rate
-    step = max(CHUNK * (0.5 + config.BT / 128), -(-p.BH * columns // p.device.units) * work)
+    step = max(CHUNK * (0.5 + config.BT / 128), -(-rows * columns // p.device.units) * work)
     pairs = 2 * every * config.BT * (2 * p.K + 2 * config.BT) / rate
     local = 2 * every * (6 * p.K * p.V + 8 * config.BT * (p.K + p.V)) / rate if direction.backward else 0.0
     size, matrices = item_bytes(p), 4 * config.BT
     moved = every * size * ((2 + columns) * p.K / p.group + 2 * p.V + matrices)
     moved += direction.backward * every * size * (8 * p.K + 6 * p.V + 4 * p.K * p.V / config.BT + matrices)
     moved += 4.0 * p.BH * p.K * p.V * (int(p.initial_state) + int(p.final_state))
-    launches = 4 if direction.backward else 2
-    return launches * LAUNCH + passes * -(-longest // config.BT) * step + pairs + local + moved / p.device.bandwidth
+    launches = (4 if direction.backward else 2) + 3 * passes * (config.SEG > 0)
+    return launches * LAUNCH + passes * -(-longest // config.BT) * step + composed + pairs + local + moved / p.device.bandwidth
 
 
 def torch_cost(p: Problem, config: Any, direction: Direction) -> float:

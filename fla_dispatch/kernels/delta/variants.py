@@ -8,7 +8,7 @@ from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package, Rule, Shared
 from .._shared.launch import tile
 from . import recurrence
 from .configs import ChunkConfig, RecurrentConfig, TorchConfig
-from .costs import chunk_cost, item_bytes, recurrent_cost, reference_cost, torch_cost
+from .costs import chunk_cost, item_bytes, recurrent_cost, reference_cost, tokens, torch_cost
 from .workload import WORKLOAD
 
 HALF = ("bfloat16", "float16")
@@ -47,6 +47,9 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     run on 4 warps: decision 0003. Shorter chunks are for devices with less shared memory, and for sm100, for which Triton 3.7
     does not compile sums over accumulators of 64 rows that a loop adds to (gradients of gates). float32 has no matrix unit at full
     precision, and short chunks lose fewer digits: small tiles.
+
+    Segments in parallel where whole sequences leave half of the device idle and are long enough to be cut, as the default where they
+    leave most of it idle (their passes are three times as much work). Transitions are composed in float32 registers, K <= 128.
     """
     K, V = tile(p.K), tile(p.V)
     tf32 = p.device.vendor == "nvidia" and p.dtype("qkv") != "float32"
@@ -67,14 +70,19 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     else:
         tma = ((64, 64, 8, 2, True, 8), (64, 64, 8, 1, True, 8))
         plain = ((64, 64, 8, 1, True, 8), (32, 32, 2, 1, True, 2), (16, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
-    whole = all(d * item_bytes(p) % 16 == 0 for d in (p.K, p.V)) and (p.interpret or p.device.arch_number == 90)
-    found = [ChunkConfig(*x[:4], bool(i), *x[4:], tf32) for i, group in ((1, tma), (0, plain)) for x in group if whole or not i]
+    rows = all(d * item_bytes(p) % 16 == 0 for d in (p.K, p.V)) and (p.interpret or p.device.arch_number == 90)
+    found = [ChunkConfig(*x[:4], bool(i), *x[4:], tf32) for i, group in ((1, tma), (0, plain)) for x in group if rows or not i]
     room = p.device.shared_bytes if p.device.is_gpu else 1 << 30
     fitting = [c for c in found if _shared_bytes(p, c) <= room] or found[-1:]
     if 100 <= p.device.arch_number < 120 and p.grad and p.flag("decay") == "token":
         fitting = [c for c in fitting if c.BT < 64 or c.parallel < 4] or fitting
     full = [c for c in fitting if c.BT == 64]
-    return tuple(full if len(full) > 1 else fitting)
+    whole = tuple(full if len(full) > 1 else fitting)
+    blocks, length = p.BH * -(-p.V // whole[0].BV), tokens(p) / max(1, p.BH)
+    if p.device.units < 2 * blocks or length < 1024 or K > 128 or room < 4 * (K * K + 2 * K * 64):  # two tiles of the composition
+        return whole
+    cut = tuple(whole[0]._replace(SEG=SEG) for SEG in (1024, 512, 2048))
+    return (*cut, *whole) if p.device.units >= 8 * blocks and length >= 8192 else (*whole, *cut)
 
 
 def _least_shared(p: Problem) -> int:

@@ -4,6 +4,7 @@ inverse    (I + Diag(beta) M)^-1 of (6), scores X of (5) and sums of gates: all 
 forward    (12): outputs, or w and the states of all chunks: over time, the state in registers
 reverse    (13): dy and the gradients of all states: back in time, the gradient of the state in registers
 gradients  (14) and (15): all other gradients, all chunks at once
+segments   states at the ends of segments that run in parallel; compose puts them together
 parts      device functions that they share: where a chunk is, its decays
 host       what the launchers share: strides, chunks, constants
 """

@@ -153,7 +153,7 @@ def of_queries(
     return b_dbeta, of_q, of_p, columns
 
 
-@triton.jit(do_not_specialize=["T", "N", "total", "scale", "H", "HV"])
+@triton.jit(do_not_specialize=["T", "N", "total", "scale", "SEG", "H", "HV"])
 def chunk_gradients(
     q,  # [B, T, H, K], token stride s_q
     k,  # [B, T, H, K], token stride s_k
@@ -184,6 +184,7 @@ def chunk_gradients(
     s_p,
     s_v,
     s_do,
+    SEG,
     H,
     HV,
     K: tl.constexpr,
@@ -199,7 +200,7 @@ def chunk_gradients(
     i_c = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV
     i_h = i_hv // (HV // H)
-    begin, length = chunk_span(cu, offsets, i_c, T, N, BT, PACKED)
+    begin, length = chunk_span(cu, offsets, i_c, T, N, SEG, BT, PACKED)
     if length <= 0:
         return
     o_t = tl.arange(0, BT)
@@ -267,7 +268,7 @@ def run_gradients(
     out = Found(dq, dk, dp, c.v.new_empty((c.B, c.T, c.HV, c.V)), dg, torch.empty_like(c.beta))
     args = (
         c.q, c.k, c.p, c.v, do, gates, c.beta, scores, w, dy, states, after, c.cu, c.offsets, *out, c.T, c.N, c.B * c.T, c.scale,
-        c.s_q, c.s_k, c.s_p, c.s_v, s_do, c.H, c.HV,
+        c.s_q, c.s_k, c.s_p, c.s_v, s_do, c.SEG, c.H, c.HV,
     )  # fmt: skip
     constants = c.constants("V", "BT", "EARLY") | {"BV": min(64, c.same["BV"]), "STAGES": 1}
     launch(chunk_gradients, (c.chunks * c.HV,), args, constants, warps, 1)

@@ -13,7 +13,7 @@ from .. import MIN_LOG_DECAY
 from ..configs import ChunkConfig
 from ..recurrence import Options, Tensors, sequences
 
-#: Tokens of what chunks are counted in (`parts.SEG`).
+#: Tokens of the segments that chunks are counted in where sequences are not cut; every BT divides it.
 SEG = 64
 
 
@@ -29,7 +29,7 @@ class Call:
     beta: torch.Tensor
     h0: torch.Tensor | None
     cu: torch.Tensor | None
-    offsets: torch.Tensor | None  # [N + 1] cumulative counts of segments of SEG tokens
+    offsets: torch.Tensor | None  # [N + 1] cumulative counts of segments of a pack
     s_q: int
     s_k: int
     s_p: int
@@ -43,6 +43,8 @@ class Call:
     N: int
     BT: int
     chunks: int
+    SEG: int  # tokens of the segments that chunks are counted in
+    units: int  # of the passes over time: sequences, or where they are cut segments (a bound for a pack)
     scale: float
     same: dict[str, Any]  # compile-time constants by name
 
@@ -58,19 +60,21 @@ def prepare(t: Tensors, o: Options, config: ChunkConfig) -> Call:
     g, beta, h0 = (None if x is None else x.contiguous() for x in (t.g, t.beta, t.h0))
     assert beta is not None, "beta is no optional tensor"
     N, (B, T, H, K), (HV, V) = sequences(t), q.shape, v.shape[2:]
+    length = config.SEG or SEG
     if t.cu is None:
-        offsets, segments = None, B * -(-T // SEG)
+        offsets, segments = None, B * -(-T // length)
     else:
-        offsets = segment_offsets(t.cu, SEG) if t.segments is None else t.segments[SEGMENTS.index(SEG)]
-        segments = T // SEG + N if T else 0
+        offsets = segment_offsets(t.cu, length) if t.segments is None else t.segments[SEGMENTS.index(length)]
+        segments = T // length + N if T else 0
     same = {
         "K": K, "V": V, "BK": tile(K), "BV": min(config.BV, tile(V)), "BT": config.BT, "EARLY": o.early, "PACKED": t.cu is not None,
         "PRECISION": "ieee",  # of float32 products; half-precision ones have no choice
         "MERGE": "tf32x3" if config.tf32 else "ieee",
-        "FLOOR": MIN_LOG_DECAY, "TMA": config.tma, "STAGES": config.stages,
+        "FLOOR": MIN_LOG_DECAY, "TMA": config.tma, "STAGES": config.stages, "SEGMENTED": config.SEG > 0,
     }  # fmt: skip
     return Call(
-        q, k, p, v, g, beta, h0, t.cu, offsets, s_q, s_k, s_p, s_v, B, T, H, HV, K, V, N, config.BT, segments * (SEG // config.BT), o.scale,
+        q, k, p, v, g, beta, h0, t.cu, offsets, s_q, s_k, s_p, s_v, B, T, H, HV, K, V, N, config.BT, segments * (length // config.BT),
+        length, segments if config.SEG else N, o.scale,
         same,
     )  # fmt: skip
 

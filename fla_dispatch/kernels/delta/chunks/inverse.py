@@ -76,7 +76,7 @@ def merged(b_a, b_l, NB: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constex
     return tl.reshape(whole, [NB, 2 * SIZE, 2 * SIZE])
 
 
-@triton.jit(do_not_specialize=["T", "N", "total", "scale", "H", "HV"])
+@triton.jit(do_not_specialize=["T", "N", "total", "scale", "SEG", "H", "HV"])
 def chunk_inverse(
     k,  # [B, T, H, K], token stride s_k
     p,  # [B, T, H, K], token stride s_p, or None
@@ -95,6 +95,7 @@ def chunk_inverse(
     s_k,
     s_p,
     s_q,
+    SEG,
     H,
     HV,
     K: tl.constexpr,
@@ -108,7 +109,7 @@ def chunk_inverse(
 ):
     i_hv = tl.program_id(0) % HV
     i_h = i_hv // (HV // H)
-    begin, length = chunk_span(cu, offsets, tl.program_id(0) // HV, T, N, BT, PACKED)
+    begin, length = chunk_span(cu, offsets, tl.program_id(0) // HV, T, N, SEG, BT, PACKED)
     if length <= 0:
         return
     o_t = tl.arange(0, BT)
@@ -159,7 +160,7 @@ def run_inverse(c: Call, scores: bool) -> tuple[torch.Tensor, torch.Tensor | Non
     gates = None if c.g is None else c.q.new_empty((c.HV, c.B * c.T), dtype=torch.float32)
     args = (
         c.k, c.p, c.q if scores else None, c.g, c.beta, c.cu, c.offsets, inverse, x, gates, c.T, c.N, c.B * c.T, c.scale, c.s_k, c.s_p,
-        c.s_q, c.H, c.HV,
+        c.s_q, c.SEG, c.H, c.HV,
     )  # fmt: skip
     launch(chunk_inverse, (c.chunks * c.HV,), args, c.constants("BT", "EARLY", "MERGE", "FLOOR"), warps, 1)
     return inverse, x, gates

@@ -7,26 +7,25 @@ from ..._shared.spans import unit_span
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-#: Tokens of what chunks are counted in: `sequences.SEGMENTS` tabulates it for packs, and every BT divides it.
-SEG = tl.constexpr(64)
-
 
 @triton.jit
-def chunk_span(cu, offsets, i_c, T, N, BT: tl.constexpr, PACKED: tl.constexpr):
-    """First token and length of chunk i_c, counted through all segments; empty past a sequence's end."""
-    PER: tl.constexpr = SEG // BT
-    begin, length = unit_span(cu, offsets, i_c // PER, T, N, SEG, True, PACKED)
-    step = (i_c % PER) * BT
+def chunk_span(cu, offsets, i_c, T, N, SEG, BT: tl.constexpr, PACKED: tl.constexpr):
+    """First token and length of chunk i_c, counted through all segments of SEG tokens; empty past a sequence's end."""
+    per_unit = SEG // BT
+    begin, length = unit_span(cu, offsets, i_c // per_unit, T, N, SEG, True, PACKED)
+    step = (i_c % per_unit) * BT
     return begin + step, tl.maximum(tl.minimum(length - step, BT), 0)
 
 
 @triton.jit
-def first_chunk(offsets, i_n, T, BT: tl.constexpr, PACKED: tl.constexpr):
-    """The number of the first chunk of sequence i_n, as `chunk_span` counts."""
-    if PACKED:
-        segment = tl.load(offsets + i_n).to(tl.int64)
+def first_chunk(offsets, i_u, T, SEG, BT: tl.constexpr, SEGMENTED: tl.constexpr, PACKED: tl.constexpr):
+    """The number of the first chunk of a unit, a sequence or a segment of one, as `chunk_span` counts."""
+    if SEGMENTED:
+        segment = tl.cast(i_u, tl.int64)
+    elif PACKED:
+        segment = tl.load(offsets + i_u).to(tl.int64)
     else:
-        segment = tl.cast(i_n, tl.int64) * tl.cdiv(T, SEG)
+        segment = tl.cast(i_u, tl.int64) * tl.cdiv(T, SEG)
     return segment * (SEG // BT)
 
 

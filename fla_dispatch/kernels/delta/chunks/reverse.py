@@ -1,6 +1,7 @@
 """Gradients of states, back in time: (8) and (9) for whole chunks, from the inverses and scores of all chunks.
 
-Grid: (N * HV * tiles of V). With D the gradient of the state after a chunk, which a block carries in registers,
+Grid: (units * HV * tiles of V); a unit is a sequence, or a segment of one whose arriving gradient is given. With D the gradient of
+the state after a chunk, which a block carries in registers,
 
     (13)  dw = (scale X)^T do + exp(G_end - G) k D,   dy = A^T dw,   dv = beta dy
           D <- exp(G_end) D + q^T (scale exp(G) do) - p^T (exp(E) dv)
@@ -21,7 +22,7 @@ from .host import Call, tiles
 from .parts import chunk_gates, first_chunk
 
 
-@triton.jit(do_not_specialize=["T", "N", "total", "scale", "H", "HV"])
+@triton.jit(do_not_specialize=["T", "N", "total", "scale", "SEG", "H", "HV"])
 def chunk_reverse(
     q,  # [B, T, H, K], token stride s_q
     k,  # [B, T, H, K], token stride s_k
@@ -31,12 +32,12 @@ def chunk_reverse(
     beta,  # [B, T, HV]
     inverse,  # [HV, B * T, BT]
     scores,  # [HV, B * T, BT] scale X
-    dS,  # [N, HV, K, V] gradient of the final state, or None
+    dS,  # [units, HV, K, V] gradient of the state after each unit, or None
     cu,  # [N + 1] or None
     offsets,  # [N + 1] or None
-    dy,  # [B, T, HV, V]
-    after,  # [chunks, HV, K, V] D after each chunk
-    dh0,  # [N, HV, K, V] or None
+    dy,  # [B, T, HV, V] or None
+    after,  # [chunks, HV, K, V] D after each chunk, or None
+    dh0,  # [units, HV, K, V] or None
     T,
     N,
     total,
@@ -45,6 +46,7 @@ def chunk_reverse(
     s_k,
     s_p,
     s_do,
+    SEG,
     H,
     HV,
     K: tl.constexpr,
@@ -53,6 +55,7 @@ def chunk_reverse(
     BV: tl.constexpr,
     BT: tl.constexpr,
     EARLY: tl.constexpr,
+    SEGMENTED: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
@@ -64,7 +67,7 @@ def chunk_reverse(
     i_nh = pid // NV
     i_hv = i_nh % HV
     i_h = i_hv // (HV // H)
-    begin, length = unit_span(cu, None, i_nh // HV, T, N, 0, False, PACKED)
+    begin, length = unit_span(cu, offsets, i_nh // HV, T, N, SEG, SEGMENTED, PACKED)
     plane = tl.cast(total, tl.int64)
     rows_q = rows_of(q + begin * s_q + i_h * K, length, s_q, K, BT, BK, TMA)
     rows_k = rows_of(k + begin * s_k + i_h * K, length, s_k, K, BT, BK, TMA)
@@ -81,9 +84,8 @@ def chunk_reverse(
     b_d = tl.zeros([BK, BV], tl.float32)
     if dS is not None:
         b_d += tl.load(dS + tl.cast(i_nh, tl.int64) * K * V + p_s, mask=m_s, other=0.0)
-    i_c = first_chunk(offsets, i_nh // HV, T, BT, PACKED)
+    i_c = first_chunk(offsets, i_nh // HV, T, SEG, BT, SEGMENTED, PACKED)
     p_beta = beta + begin * HV + i_hv
-    p_y = dy + (begin * HV + i_hv) * V
     NT = tl.cdiv(length, BT)
     next_beta = chunk_row(p_beta, HV, NT - 1, length, BT)
     if gates is not None:
@@ -97,10 +99,11 @@ def chunk_reverse(
             total_g = next_total
             b_G = tl.where(o_t < length - i_t * BT, next_G, total_g)
             begin_g = 0.0 if EARLY else tl.max(b_G, 0)  # the greatest exponent of what is added to D, taken out of half precision
-            b_beta *= tl.exp2(next_E - begin_g)
+            b_beta *= tl.exp2(tl.minimum(next_E - begin_g, 0.0))
             next_G, next_E, next_total = chunk_gates(p_g, i_t - 1, length, BT, EARLY)
         b_dh = b_d.to(k.dtype.element_ty)
-        tl.store(after + ((i_c + i_t) * HV + i_hv) * K * V + p_s, b_dh, mask=m_s)
+        if after is not None:
+            tl.store(after + ((i_c + i_t) * HV + i_hv) * K * V + p_s, b_dh, mask=m_s)
         b_k = load_tile(rows_k, length, s_k, i_t, 0, K, BT, BK, TMA)
         b_w = tl.dot(b_k, b_dh, input_precision=PRECISION)
         if gates is not None:
@@ -110,7 +113,8 @@ def chunk_reverse(
         b_w = tl.dot(tl.trans(b_x), b_do, b_w, input_precision=PRECISION)
         b_a = load_tile(rows_a, length, BT, i_t, 0, BT, BT, BT, TMA)
         b_y = tl.dot(tl.trans(b_a), b_w.to(b_a.dtype), input_precision=PRECISION)
-        store_tile(p_y, b_y, length, HV * V, i_t, i_v, V, BT, BV, False)
+        if dy is not None:
+            store_tile(dy + (begin * HV + i_hv) * V, b_y, length, HV * V, i_t, i_v, V, BT, BV, False)
         b_q = load_tile(rows_q, length, s_q, i_t, 0, K, BT, BK, TMA)
         b_from = b_do.to(tl.float32) * scale
         if gates is not None:
@@ -137,15 +141,14 @@ def run_reverse(
     gates: torch.Tensor | None,
     dS: torch.Tensor | None,
     dh0: torch.Tensor | None,
+    dy: torch.Tensor | None,
+    after: torch.Tensor | None,
     warps: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dy [B, T, HV, V] and D after each chunk [chunks, HV, K, V], in the inputs' dtype; dh0 is filled where given."""
-    dy = c.v.new_empty((c.B, c.T, c.HV, c.V))
-    after = c.q.new_empty((c.chunks, c.HV, c.K, c.V))
+) -> None:
+    """Fill dh0, dy and D after each chunk where given."""
     args = (
         c.q, c.k, c.p, do, gates, c.beta, inverse, scores, dS, c.cu, c.offsets, dy, after, dh0, c.T, c.N, c.B * c.T, c.scale,
-        c.s_q, c.s_k, c.s_p, s_do, c.H, c.HV,
+        c.s_q, c.s_k, c.s_p, s_do, c.SEG, c.H, c.HV,
     )  # fmt: skip
-    constants = c.constants("V", "BV", "BT", "EARLY", "TMA", "STAGES")
-    launch(chunk_reverse, (c.N * c.HV * tiles(c),), args, constants, warps, constants["STAGES"])
-    return dy, after
+    constants = c.constants("V", "BV", "BT", "EARLY", "SEGMENTED", "TMA", "STAGES")
+    launch(chunk_reverse, (c.units * c.HV * tiles(c),), args, constants, warps, constants["STAGES"])
