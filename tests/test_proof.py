@@ -18,6 +18,7 @@ from fla_dispatch.device import hypothetical, profile
 from fla_dispatch.problem import Problem
 from fla_dispatch.tuning.guard import BAND, Guards, guarded
 from fla_dispatch.tuning.jobs import classify
+from fla_dispatch.tuning.keys import key_of
 from fla_dispatch.tuning.proof import Prover, prove
 
 planted.withdraw()  # importing it registers it, as a worker needs; other tests of this process must not meet it
@@ -203,6 +204,21 @@ def test_trials_cover_what_breaks_kernels() -> None:
         assert wave.repeats >= 3 and blocks > wave.problem.device.units and wave.heads % 16 == 0
         assert all(sum(t.lengths) == t.problem.T and len(t.lengths) == t.problem.N for t in trials.values() if t.lengths is not None)
         assert (trials["odd"].lengths is not None) == packed
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("op", ["retention", "gated_delta", "comba"])
+def test_what_is_cut_into_segments_is_proven_across_their_ends(op: str, packed: bool) -> None:
+    """Of every room: each config that cuts sequences has a trial with a sequence of more than two segments."""
+    recurrence = registry.get_recurrence(registry.get_op(op).recurrence)
+    workload = recurrence.workload
+    assert workload is not None
+    key = key_of(op, {"B": 1, "T": 16384, "H": 2}, hypothetical("sm90"), packed=packed)
+    cut = [c for v in recurrence.variants for c in v.configs(key) if getattr(c, "SEG", 0)]
+    assert cut
+    for config in cut:
+        longest = max(max(t.lengths or (t.problem.T,)) for t in workload.trials(workload.proof_key(key), config))
+        assert longest > 2 * config.SEG, config
 
 
 def test_infinite_errors_survive_in_records() -> None:

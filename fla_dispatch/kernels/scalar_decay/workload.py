@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from ...problem import Problem
 from ...registry import Trial, Workload
 from ...sequences import SeqInfo
+from .._shared import trials as shared
 from .._shared.inputs import Draw, make_gates
 from .._shared.layout import layout, pack_lengths, pack_tokens
 from .cases import gate_gradient_scale, tolerance
@@ -63,44 +63,10 @@ def make(p: Problem, device: torch.device, seed: int = 0) -> tuple[Tensors, Opti
     return _make(p, 1, pack_tokens(p, N), N, H, device, seed, "mild", pack_lengths(pack_tokens(p, N), N))
 
 
-def proof_key(p: Problem) -> Problem:
-    """Lengths, heads and counts are arguments of every kernel, and no constants of one."""
-    return dataclasses.replace(
-        p, T=256, mean_length=256, N=1, BH=p.group * 2, grad=False, capture=False, deterministic=False, interpret=False, forced=False
-    )
-
-
-#: Lengths around the edges of chunks, none and one token among them.
-_PACK = (0, 1, 2, 63, 64, 65, 2)
-
-
 def trials(p: Problem, config: Any) -> tuple[Trial, ...]:
-    """One odd length over several chunks, one token, gates under stress, several segments, and more than one wave of blocks.
-
-    The wave is repeated.
-    """
-    few, many = (1, 1) if p.BH // p.group == 1 else (3, 16)
-    gated = p.flag("decay") == "token"
-    waves = 5 * p.device.units  # narrow blocks share a unit by up to eight, and have several tiles of V
-    segment = int(getattr(config, "SEG", 0))
-
-    def trial(name: str, N: int, T: int, heads: int, regime: str = "mild", repeats: int = 1, pack: tuple[int, ...] = ()) -> Trial:
-        if p.packed:
-            N, T = len(pack), sum(pack)
-        sizes = dataclasses.replace(p, N=N, BH=N * heads * p.group, T=T, mean_length=-(-T // N) if p.packed else T)
-        return Trial(name, sizes, heads * p.group, pack if p.packed else None, regime, repeats)
-
-    found = [trial("odd", 2, 197, few, pack=_PACK)]
-    if not p.packed and (p.initial_state or p.flag("normalize") != "true"):
-        found.append(trial("one", 3, 1, few))  # normalised without a state, o = v: the gradients of q and k are rounding alone
-    if gated:
-        found += [trial(regime, 6, 131, few, regime, pack=(5, 0, 126, 7, 131, 3)) for regime in ("strong", "reset")]
-    if segment:
-        long = 2 * segment + 70
-        found.append(trial("segments", 1, long, few, pack=(1, long, segment, 0, 3)))
-    N = max(2, -(-waves // (many * p.group)))
-    found.append(trial("wave", N, 67, many, repeats=3, pack=((67, 1, 64, 70) * N)[: N + 1]))
-    return tuple(found)
+    """The shared ones; normalised without a state one token gives o = v, and the gradients of q and k are rounding alone."""
+    alone = p.initial_state or p.flag("normalize") != "true"
+    return shared.trials(p, config, gated=p.flag("decay") == "token", alone=alone)
 
 
 def make_trial(trial: Trial, device: torch.device, seed: int = 1) -> tuple[Tensors, Options]:
@@ -123,6 +89,6 @@ def scales(t: Tensors, gradients: Gradients) -> dict[str, float]:
 
 
 WORKLOAD = Workload(
-    make=make, proof_key=proof_key, trials=trials, make_trial=make_trial, layout=layout, oracle=oracle, tolerance=tolerance,
+    make=make, proof_key=shared.proof_key, trials=trials, make_trial=make_trial, layout=layout, oracle=oracle, tolerance=tolerance,
     scales=scales, compiler=f"{__package__.rpartition('.')[0]}._shared.precompile",
 )  # fmt: skip
