@@ -26,6 +26,7 @@ KWARGS_ALLOWED = {
     "fla_dispatch/dispatch/bound.py:BoundHandle.__call__": "the bound call's tensors, by the contract's names",
     "fla_dispatch/dispatch/handle.py:use": "names of ops are the keywords",
     "fla_dispatch/dispatch/explanation.py:explain": "names of sizes are the keywords; each op lists its own",
+    "fla_dispatch/kernels/_shared/token_cases.py:row": "names of a case's fields are the keywords; the dataclass checks them",
     "fla_dispatch/settings.py:override": "names of settings are the keywords; dataclasses.replace checks them",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from ...errors import bad_call
 from ...sequences import SeqInfo
 from .._shared.inputs import Draw, make_gates, make_raw_gate
+from .._shared.token_cases import Sizes, TokenCase, row, selected
 
 OP_NAMES = ("delta", "gated_delta", "kda", "comba", "delta_product")
 GATED = ("gated_delta", "kda", "comba", "delta_product")
@@ -26,52 +26,6 @@ ARGUMENTS = {
 
 #: Arguments that hold `num_householder` entries for each token.
 REPEATED = ("k", "v", "beta")
-
-
-class Sizes(NamedTuple):
-    """B rows, T tokens, H query heads, HV value heads, K and V head dims; T counts the whole pack when there are lengths."""
-
-    B: int
-    T: int
-    H: int
-    HV: int
-    K: int
-    V: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call of one op.
-
-    regime: gates are mild (near logsigmoid), strong (down to -20), none (zero) or reset (mild with some -inf); lengths: of
-    a pack; fused: q, k, v are slices of one projection; options: further keyword arguments, or of the generator: raw (q, k,
-    logits and gates as layers project them, with every transform inside), ungated (g = None); tags: small (any CPU),
-    interpreter (smaller still), gpu, bench; halves, causal, repeat, partial, stress: which checks take it; source: the model.
-    """
-
-    name: str
-    op: str
-    sizes: Sizes
-    dtype: torch.dtype = torch.float32
-    lengths: tuple[int, ...] | None = None
-    regime: str = "mild"
-    initial_state: bool = False
-    final_state: bool = False
-    fused: bool = False
-    options: tuple[tuple[str, Any], ...] = ()
-    tags: frozenset[str] = frozenset()
-    source: str = ""
-
-    @property
-    def id(self) -> str:
-        return f"{self.op}-{self.name}"
-
-    def make(self, device: torch.device | str = "cpu", *, seed: int = 0, dtype: torch.dtype | None = None) -> Inputs:
-        """This case's inputs."""
-        return make_inputs(
-            self.op, self.sizes, dtype or self.dtype, device, seed=seed, lengths=self.lengths, regime=self.regime,
-            initial_state=self.initial_state, final_state=self.final_state, fused=self.fused, options=self.options,
-        )  # fmt: skip
 
 
 class Inputs(NamedTuple):
@@ -222,8 +176,10 @@ def gradient_scales(op: str, inputs: Inputs, grads: dict[str, torch.Tensor]) -> 
     return {"g": gate_gradient_scale(grads["g"], *((leaves[x], grads[x]) for x in ("q", "k", "p") if x in grads))}
 
 
-def _row(name: str, *sizes: int, tags: str = "small", **fields: Any) -> tuple[str, Sizes, frozenset[str], dict[str, Any]]:
-    return name, Sizes(*sizes), frozenset(tags.split()), fields
+class Case(TokenCase):
+    """Options of the generator: raw (q, k, logits and gates as layers project them, with every transform inside), ungated (g = None)."""
+
+    generate = staticmethod(make_inputs)
 
 
 _PACK = (0, 1, 2, 63, 64, 65)
@@ -233,80 +189,80 @@ _RAW = (("raw", True),)
 #: Rows that every op gets (those about gates: every gated op). B, T, H, HV, K, V.
 _ROWS = (
     # lengths around chunk edges, and none at all
-    _row("no_tokens", 2, 0, 1, 1, 16, 16, tags="small interpreter", initial_state=True, final_state=True),
-    _row("no_rows", 0, 5, 1, 1, 16, 16, tags="small interpreter", final_state=True),
-    _row("one_token", 3, 1, 2, 2, 16, 32, tags="small interpreter", initial_state=True, final_state=True),
-    _row("two_tokens", 2, 2, 1, 1, 32, 16, tags="small interpreter", initial_state=True, final_state=True),
-    _row("63_tokens", 1, 63, 1, 1, 16, 16, final_state=True),
-    _row("64_tokens", 1, 64, 1, 1, 16, 16, initial_state=True),
-    _row("65_tokens", 1, 65, 1, 1, 16, 16, tags="small interpreter"),
-    _row("130_tokens", 1, 130, 1, 2, 16, 32, tags="small interpreter halves causal repeat", initial_state=True, final_state=True),
+    row("no_tokens", 2, 0, 1, 1, 16, 16, tags="small interpreter", initial_state=True, final_state=True),
+    row("no_rows", 0, 5, 1, 1, 16, 16, tags="small interpreter", final_state=True),
+    row("one_token", 3, 1, 2, 2, 16, 32, tags="small interpreter", initial_state=True, final_state=True),
+    row("two_tokens", 2, 2, 1, 1, 32, 16, tags="small interpreter", initial_state=True, final_state=True),
+    row("63_tokens", 1, 63, 1, 1, 16, 16, final_state=True),
+    row("64_tokens", 1, 64, 1, 1, 16, 16, initial_state=True),
+    row("65_tokens", 1, 65, 1, 1, 16, 16, tags="small interpreter"),
+    row("130_tokens", 1, 130, 1, 2, 16, 32, tags="small interpreter halves causal repeat", initial_state=True, final_state=True),
     # head dims: powers of two, sizes that need masks, K != V
-    _row("d64", 1, 70, 2, 2, 64, 64, initial_state=True, final_state=True),
-    _row("d80", 1, 40, 1, 1, 80, 80, final_state=True),
-    _row("d100", 1, 40, 1, 1, 100, 100, fused=True, initial_state=True, final_state=True),
-    _row("d20_d36", 1, 33, 1, 1, 20, 36, tags="small interpreter", initial_state=True, final_state=True),
-    _row("d128", 1, 70, 1, 1, 128, 128, initial_state=True, final_state=True, source="Kimi Linear, Qwen3-Next"),
-    _row("d256", 1, 70, 1, 1, 256, 256, final_state=True, source="Gated DeltaNet's widest keys"),
-    _row("d128_d64", 1, 70, 1, 2, 128, 64, initial_state=True, final_state=True),
-    _row("d64_d128", 2, 66, 2, 2, 64, 128, fused=True),
+    row("d64", 1, 70, 2, 2, 64, 64, initial_state=True, final_state=True),
+    row("d80", 1, 40, 1, 1, 80, 80, final_state=True),
+    row("d100", 1, 40, 1, 1, 100, 100, fused=True, initial_state=True, final_state=True),
+    row("d20_d36", 1, 33, 1, 1, 20, 36, tags="small interpreter", initial_state=True, final_state=True),
+    row("d128", 1, 70, 1, 1, 128, 128, initial_state=True, final_state=True, source="Kimi Linear, Qwen3-Next"),
+    row("d256", 1, 70, 1, 1, 256, 256, final_state=True, source="Gated DeltaNet's widest keys"),
+    row("d128_d64", 1, 70, 1, 2, 128, 64, initial_state=True, final_state=True),
+    row("d64_d128", 2, 66, 2, 2, 64, 128, fused=True),
     # grouped value heads
-    _row("group2", 2, 66, 2, 4, 16, 32, tags="small interpreter partial", fused=True, initial_state=True, final_state=True),
-    _row("group4", 1, 37, 2, 8, 32, 16, tags="small interpreter"),
+    row("group2", 2, 66, 2, 4, 16, 32, tags="small interpreter partial", fused=True, initial_state=True, final_state=True),
+    row("group4", 1, 37, 2, 8, 32, 16, tags="small interpreter"),
     # packing
-    _row("pack", 1, 195, 1, 2, 16, 16, tags="small interpreter causal repeat", lengths=_PACK, initial_state=True, final_state=True),
-    _row("pack_stateless", 1, 195, 2, 2, 32, 32, lengths=_PACK, fused=True),
-    _row("pack_of_one", 1, 65, 1, 1, 16, 16, lengths=(65,), final_state=True),
-    _row("pack_mixed", 1, 137, 1, 2, 64, 32, lengths=(5, 0, 130, 1, 1), initial_state=True, final_state=True),
-    _row("pack_of_none", 1, 0, 1, 1, 16, 16, tags="small interpreter", lengths=(0, 0), initial_state=True, final_state=True),
+    row("pack", 1, 195, 1, 2, 16, 16, tags="small interpreter causal repeat", lengths=_PACK, initial_state=True, final_state=True),
+    row("pack_stateless", 1, 195, 2, 2, 32, 32, lengths=_PACK, fused=True),
+    row("pack_of_one", 1, 65, 1, 1, 16, 16, lengths=(65,), final_state=True),
+    row("pack_mixed", 1, 137, 1, 2, 64, 32, lengths=(5, 0, 130, 1, 1), initial_state=True, final_state=True),
+    row("pack_of_none", 1, 0, 1, 1, 16, 16, tags="small interpreter", lengths=(0, 0), initial_state=True, final_state=True),
     # transforms inside
-    _row("raw", 2, 66, 1, 2, 32, 16, tags="small interpreter partial", options=_RAW, initial_state=True, final_state=True),
-    _row("raw_doubled", 1, 70, 1, 2, 32, 32, options=(*_RAW, ("allow_neg_eigval", True)), final_state=True),
-    _row("raw_pack_bf16", 1, 195, 1, 4, 32, 32, dtype=_BF16, options=_RAW, lengths=_PACK, initial_state=True, final_state=True),
+    row("raw", 2, 66, 1, 2, 32, 16, tags="small interpreter partial", options=_RAW, initial_state=True, final_state=True),
+    row("raw_doubled", 1, 70, 1, 2, 32, 32, options=(*_RAW, ("allow_neg_eigval", True)), final_state=True),
+    row("raw_pack_bf16", 1, 195, 1, 4, 32, 32, dtype=_BF16, options=_RAW, lengths=_PACK, initial_state=True, final_state=True),
     # dtypes
-    _row("bf16", 2, 130, 2, 2, 64, 64, tags="small repeat", dtype=_BF16, initial_state=True, final_state=True),
-    _row("fp16", 1, 130, 2, 2, 64, 32, dtype=_FP16, initial_state=True, final_state=True),
-    _row("bf16_group_pack", 1, 195, 1, 4, 32, 32, dtype=_BF16, lengths=_PACK, initial_state=True, final_state=True),
-    _row("bf16_small", 1, 66, 1, 2, 32, 16, tags="small interpreter", dtype=_BF16, initial_state=True, final_state=True),
-    _row("fp16_small", 1, 33, 1, 1, 16, 16, tags="small interpreter", dtype=_FP16, fused=True, final_state=True),
+    row("bf16", 2, 130, 2, 2, 64, 64, tags="small repeat", dtype=_BF16, initial_state=True, final_state=True),
+    row("fp16", 1, 130, 2, 2, 64, 32, dtype=_FP16, initial_state=True, final_state=True),
+    row("bf16_group_pack", 1, 195, 1, 4, 32, 32, dtype=_BF16, lengths=_PACK, initial_state=True, final_state=True),
+    row("bf16_small", 1, 66, 1, 2, 32, 16, tags="small interpreter", dtype=_BF16, initial_state=True, final_state=True),
+    row("fp16_small", 1, 33, 1, 1, 16, 16, tags="small interpreter", dtype=_FP16, fused=True, final_state=True),
     # sizes for a GPU
-    _row("gpu_long", 1, 4100, 2, 2, 64, 64, tags="gpu causal repeat", dtype=_BF16, initial_state=True, final_state=True),
-    _row("gpu_batch", 8, 513, 4, 4, 128, 128, tags="gpu repeat", dtype=_BF16, fused=True),
-    _row("gpu_wide", 2, 300, 2, 2, 256, 256, tags="gpu repeat", dtype=_BF16, initial_state=True, final_state=True),
-    _row(
+    row("gpu_long", 1, 4100, 2, 2, 64, 64, tags="gpu causal repeat", dtype=_BF16, initial_state=True, final_state=True),
+    row("gpu_batch", 8, 513, 4, 4, 128, 128, tags="gpu repeat", dtype=_BF16, fused=True),
+    row("gpu_wide", 2, 300, 2, 2, 256, 256, tags="gpu repeat", dtype=_BF16, initial_state=True, final_state=True),
+    row(
         "gpu_group", 2, 700, 2, 8, 128, 64, tags="gpu repeat halves partial", dtype=_BF16, fused=True, initial_state=True,
         final_state=True,
     ),
-    _row("gpu_fp32", 2, 600, 2, 2, 128, 128, tags="gpu", initial_state=True, final_state=True),
-    _row(
+    row("gpu_fp32", 2, 600, 2, 2, 128, 128, tags="gpu", initial_state=True, final_state=True),
+    row(
         "gpu_pack", 1, 3195, 2, 2, 128, 128, tags="gpu causal repeat", dtype=_BF16, lengths=(*_PACK, 1000, 0, 1, 1999), initial_state=True,
         final_state=True,
     ),
     # published models
-    _row("bench_4k", 4, 4096, 16, 16, 128, 128, tags="bench", dtype=_BF16, source="2048-wide models of 1.3B"),
-    _row("bench_2k", 8, 2048, 32, 32, 128, 128, tags="bench", dtype=_BF16, source="Qwen3-Next, Kimi Linear: 32 heads of 128"),
-    _row("bench_8k", 1, 8192, 32, 32, 128, 128, tags="bench", dtype=_BF16, source="the same at batch 1"),
-    _row("bench_32k", 1, 32768, 8, 8, 128, 128, tags="bench", dtype=_BF16, source="long context at batch 1"),
+    row("bench_4k", 4, 4096, 16, 16, 128, 128, tags="bench", dtype=_BF16, source="2048-wide models of 1.3B"),
+    row("bench_2k", 8, 2048, 32, 32, 128, 128, tags="bench", dtype=_BF16, source="Qwen3-Next, Kimi Linear: 32 heads of 128"),
+    row("bench_8k", 1, 8192, 32, 32, 128, 128, tags="bench", dtype=_BF16, source="the same at batch 1"),
+    row("bench_32k", 1, 32768, 8, 8, 128, 128, tags="bench", dtype=_BF16, source="long context at batch 1"),
 )  # fmt: skip
 
 _GATE_ROWS = (
-    _row("strong", 1, 70, 1, 2, 16, 32, tags="small interpreter stress", regime="strong", initial_state=True, final_state=True),
-    _row("none", 1, 70, 1, 2, 16, 32, tags="small stress", regime="none", initial_state=True, final_state=True),
-    _row("reset", 1, 70, 1, 2, 16, 16, tags="small interpreter stress", regime="reset", initial_state=True, final_state=True),
-    _row("strong_bf16", 2, 130, 2, 2, 64, 64, tags="small stress", regime="strong", dtype=_BF16, initial_state=True, final_state=True),
-    _row("none_bf16", 2, 130, 2, 2, 64, 64, tags="small stress", regime="none", dtype=_BF16, initial_state=True, final_state=True),
-    _row("reset_pack", 1, 195, 1, 2, 32, 32, tags="small stress", regime="reset", lengths=_PACK, initial_state=True, final_state=True),
-    _row("bounded", 1, 70, 1, 2, 32, 16, options=(*_RAW, ("lower_bound", -5.0)), initial_state=True, final_state=True),
-    _row("bounded_alone", 1, 40, 1, 2, 32, 16, options=(*_RAW, ("lower_bound", -5.0), ("A_log", None), ("dt_bias", None))),
-    _row("gpu_strong", 2, 1030, 2, 2, 128, 128, tags="gpu stress", regime="strong", dtype=_BF16, initial_state=True, final_state=True),
-    _row("gpu_none", 2, 1030, 2, 2, 128, 128, tags="gpu stress", regime="none", dtype=_BF16, initial_state=True, final_state=True),
+    row("strong", 1, 70, 1, 2, 16, 32, tags="small interpreter stress", regime="strong", initial_state=True, final_state=True),
+    row("none", 1, 70, 1, 2, 16, 32, tags="small stress", regime="none", initial_state=True, final_state=True),
+    row("reset", 1, 70, 1, 2, 16, 16, tags="small interpreter stress", regime="reset", initial_state=True, final_state=True),
+    row("strong_bf16", 2, 130, 2, 2, 64, 64, tags="small stress", regime="strong", dtype=_BF16, initial_state=True, final_state=True),
+    row("none_bf16", 2, 130, 2, 2, 64, 64, tags="small stress", regime="none", dtype=_BF16, initial_state=True, final_state=True),
+    row("reset_pack", 1, 195, 1, 2, 32, 32, tags="small stress", regime="reset", lengths=_PACK, initial_state=True, final_state=True),
+    row("bounded", 1, 70, 1, 2, 32, 16, options=(*_RAW, ("lower_bound", -5.0)), initial_state=True, final_state=True),
+    row("bounded_alone", 1, 40, 1, 2, 32, 16, options=(*_RAW, ("lower_bound", -5.0), ("A_log", None), ("dt_bias", None))),
+    row("gpu_strong", 2, 1030, 2, 2, 128, 128, tags="gpu stress", regime="strong", dtype=_BF16, initial_state=True, final_state=True),
+    row("gpu_none", 2, 1030, 2, 2, 128, 128, tags="gpu stress", regime="none", dtype=_BF16, initial_state=True, final_state=True),
 )  # fmt: skip
 
 #: Further rows of delta_product: other numbers of updates, and no gate.
 _PRODUCT_ROWS = (
-    _row("one_update", 1, 40, 1, 2, 16, 16, options=(("num_householder", 1),), initial_state=True, final_state=True),
-    _row("three_updates", 1, 45, 1, 2, 16, 16, tags="small interpreter", options=(("num_householder", 3),), final_state=True),
-    _row("ungated_pack", 1, 137, 1, 2, 16, 16, options=(("ungated", True),), lengths=(5, 0, 130, 1, 1), initial_state=True),
+    row("one_update", 1, 40, 1, 2, 16, 16, options=(("num_householder", 1),), initial_state=True, final_state=True),
+    row("three_updates", 1, 45, 1, 2, 16, 16, tags="small interpreter", options=(("num_householder", 3),), final_state=True),
+    row("ungated_pack", 1, 137, 1, 2, 16, 16, options=(("ungated", True),), lengths=(5, 0, 130, 1, 1), initial_state=True),
 )
 
 
@@ -322,4 +278,4 @@ CASES: tuple[Case, ...] = tuple(_make_cases())
 
 def select(tag: str, op: str | None = None) -> tuple[Case, ...]:
     """The cases with a tag, of one op or all."""
-    return tuple(c for c in CASES if tag in c.tags and op in (None, c.op))
+    return selected(CASES, tag, op)
