@@ -71,7 +71,8 @@ def test_host_code_stays_within_the_bound(
     most, leaves, do = sum(bounds.training_bytes(op, x).values()), list(x.leaves().values()), torch.ones_like(low.tensors.v)
     key = dataclasses.replace(ROOM.problem(low.tensors, low.options, True), device=hypothetical("sm90"))
     found = {}
-    for variant in TRITON:
+    able = [v for v in TRITON if not v.static_refusals(key)]
+    for variant in able:
         for config in variant.configs(key):
 
             def call(variant: Any = variant, config: Any = config) -> object:
@@ -81,8 +82,8 @@ def test_host_code_stays_within_the_bound(
 
             call()  # constants that are built once
             found[variant.name, config] = peak(call, tmp_path / "trace.json")
-    assert len(found) > len(TRITON) and all(size <= most for size in found.values()), (most, found)
-    assert max(found.values()) > 0.8 * most, "a bound that nothing comes near"
+    assert len(found) > len(able) and all(size <= most for size in found.values()), (most, found)
+    assert max(found.values()) > 0.75 * most, "a bound that nothing comes near"
 
 
 def test_the_bound_knows_the_shortest_segment_and_the_narrowest_tile() -> None:
@@ -93,12 +94,15 @@ def test_the_bound_knows_the_shortest_segment_and_the_narrowest_tile() -> None:
                 low = registry.get_op("simple_gla").contract(*made.args, **made.kwargs)
                 key = dataclasses.replace(ROOM.problem(low.tensors, low.options, True), device=hypothetical("sm90"))
                 configs = [config for variant in TRITON for config in variant.configs(key)]
-                assert all(getattr(c, "SEG", bounds.SEGMENT) >= bounds.SEGMENT and c.BE >= bounds.TILE for c in configs)
+                assert all(
+                    getattr(c, "SEG", bounds.SEGMENT) >= bounds.SEGMENT and getattr(c, "BE", bounds.TILE) >= bounds.TILE for c in configs
+                )
 
 
 def test_the_bound_by_hand() -> None:
-    """retention, (B, T, H, D) = (4, 4096, 16, 128): three gradients and o of 64 MiB, three arrays of 16 x 4 x 16 states."""
+    """retention, (B, T, H, D) = (4, 4096, 16, 128): three gradients and o of 64 MiB, 16 x 4 x 16 segments of two float32
+    states and of two bfloat16 states for each of four chunks."""
     parts = bounds.training_bytes("retention", make_inputs("retention", Sizes(4, 4096, 16, 16, 128, 128), torch.bfloat16, "meta"))
     assert parts["gradients"] == 3 * 2**26 and parts["outputs"] == 2**26 and parts["rows"] == parts["groups"] == 0
-    states = 3 * 16 * 4 * 16 * 128 * 128 * 4
+    states = 16 * 4 * 16 * 128 * 128 * (2 * 4 + 4 * 2 * 2)
     assert states < parts["states"] < 1.2 * states

@@ -29,6 +29,25 @@ class SegmentConfig(NamedTuple):
     tma: bool = False
 
 
+class StatesConfig(NamedTuple):
+    """SEG: tokens per segment of the walk that stores states, one of `sequences.SEGMENTS`; HEADS: value heads of a query head that one
+    program takes; warps and pipeline stages of a block. Chunks have 64 tokens."""
+
+    SEG: int
+    HEADS: int
+    warps: int
+    stages: int
+
+
+class ParallelConfig(NamedTuple):
+    """tokens: of a block, which holds a whole sequence; HEADS: value heads of a query head that one program takes; warps and stages."""
+
+    tokens: int
+    HEADS: int
+    warps: int
+    stages: int
+
+
 class GluonConfig(NamedTuple):
     """Stages of the copies; buffers of the rounded state. Chunks have 64 tokens, output tiles 64 columns."""
 

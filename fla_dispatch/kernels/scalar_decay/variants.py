@@ -8,8 +8,20 @@ from ...problem import Problem
 from ...registry import Recurrence, Variant
 from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package, Rule, SharedMemory
 from . import recurrence
-from .configs import GluonConfig, RecurrentConfig, SegmentConfig, SweepConfig, TorchConfig
-from .costs import chunk_cost, gluon_cost, item_bytes, padded, recurrent_cost, reference_cost, sweep_cost, tokens, torch_cost
+from .configs import GluonConfig, ParallelConfig, RecurrentConfig, SegmentConfig, StatesConfig, SweepConfig, TorchConfig
+from .costs import (
+    chunk_cost,
+    gluon_cost,
+    item_bytes,
+    padded,
+    parallel_cost,
+    recurrent_cost,
+    reference_cost,
+    states_cost,
+    sweep_cost,
+    tokens,
+    torch_cost,
+)  # fmt: skip
 from .workload import WORKLOAD
 
 HALF = ("bfloat16", "float16")
@@ -73,6 +85,11 @@ def _least_shared(p: Problem) -> int:
     return _shared_bytes(p, SweepConfig(16, 16, 2, 1))
 
 
+def _states_shared(p: Problem) -> int:
+    """Shared memory of one block of dk and dv without pipelining: q, k, v, do, a state, an operand of 64 x 64 and a weighted one."""
+    return item_bytes(p) * (128 * padded(p.K) + 192 * padded(p.V) + padded(p.K) * padded(p.V) + 64 * 64)
+
+
 def _segment(p: Problem) -> int:
     """Tokens per segment: as long as leaves a block for every unit, between 256 and 2048; states cost less the longer."""
     columns = -(-p.V // 64)
@@ -90,6 +107,17 @@ def _chunk_configs(p: Problem) -> tuple[SegmentConfig, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def _states_configs(p: Problem) -> tuple[StatesConfig, ...]:
+    """Segments as for `chunk_triton`; few heads per program where chunks alone do not fill the device, else the more the fewer sums."""
+    segment, group = min(_segment(p), 512 if p.packed else 2048), p.group
+    chunks = tokens(p) / max(1, group) / 64
+    most = 1
+    while most < min(group, 32) and chunks * -(-group // (2 * most)) >= 4 * p.device.units:
+        most *= 2
+    heads = dict.fromkeys((most, max(1, most // 4), min(group, 4 * most)))
+    return tuple(StatesConfig(segment, h, warps, 2 if h > 1 else 1) for h in heads for warps in (8, 4))
+
+
 def _gluon_configs(p: Problem) -> tuple[GluonConfig, ...]:
     """Configs that fit the device's shared memory. Stages hide the latency of memory; a second buffer lets the state run ahead."""
     wide, tile = max(64, padded(p.K), padded(p.V)), 64 * 64
@@ -105,6 +133,18 @@ def _gluon_configs(p: Problem) -> tuple[GluonConfig, ...]:
 
     found = tuple(GluonConfig(*c) for c in ((3, 2), (4, 1), (4, 2), (3, 1), (2, 2), (2, 1), (1, 1)))
     return tuple(c for c in found if fits(c))[:4] or found[-1:]
+
+
+def _parallel_configs(p: Problem) -> tuple[ParallelConfig, ...]:
+    """Blocks of 64 tokens on 4 warps, of 128 on 8; several heads of a group in one program where programs are many without."""
+    heads = max(1, min(p.group, p.BH // (2 * p.device.units)))
+    blocks = ((64, 4), (64, 8)) if p.T <= 64 else ((128, 8),)
+    return tuple(dict.fromkeys(ParallelConfig(tokens, h, warps, 1) for tokens, warps in blocks for h in (heads, 1)))
+
+
+def _parallel_shared(p: Problem) -> int:
+    """Shared memory of one block of dk and dv: three tiles of 128 tokens at a time, and a state."""
+    return item_bytes(p) * (128 * (padded(p.K) + 2 * padded(p.V)) + padded(p.K) * padded(p.V))
 
 
 def _recurrent_configs(p: Problem) -> tuple[RecurrentConfig, ...]:
@@ -172,6 +212,25 @@ VARIANTS = (
     Variant(
         "chunk_triton", f"{__package__}.chunk_triton", _PRODUCTS, chunk_cost, _chunk_configs,
         "sequences in parallel segments with their own states: few heads, long sequences",
+    ),
+    Variant(
+        "states_triton", f"{__package__}.states_triton",
+        (
+            *_TRITON[:6], Dim("K", 1, 128), Dim("V", 1, 128), _TRITON[-1],
+            Flag("normalize", ("false",)),
+            SharedMemory(_states_shared), Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable),
+        ),
+        states_cost, _states_configs,
+        "states of all chunks in memory, then all chunks in parallel: heads that share q and k; training with gates",
+    ),
+    Variant(
+        "parallel_triton", f"{__package__}.parallel_triton",
+        (
+            *_TRITON[:6], Dim("T", 1, 128), Dim("K", 1, 128), Dim("V", 1, 128), _TRITON[-1],
+            Flag("normalize", ("false",)), Lacks(("packed",)),
+            SharedMemory(_parallel_shared), Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable),
+        ),
+        parallel_cost, _parallel_configs, "a whole short sequence as one chunk: the fewest launches",
     ),
     Variant(
         "recurrent_triton", f"{__package__}.recurrent_triton", _TRITON, recurrent_cost, _recurrent_configs,

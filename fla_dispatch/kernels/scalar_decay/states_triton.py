@@ -1,0 +1,81 @@
+"""`states_triton`: the states at the ends of all chunks in memory, then every chunk by itself (equations (4), (7), (9) to (13)).
+
+For value heads that share q and k, which then share their products and add up dq and dk in registers, and for gates per token, whose
+gradients need no second term of any operand where both states of a chunk are at hand. States come from segments in parallel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .configs import StatesConfig
+from .recurrence import Gradients, Options, OutputGrads, Outputs, Residuals, Tensors, empty_outputs
+from .states.outputs import run_outputs
+from .states.queries import run_queries
+from .states.store import run_store
+from .states.values import run_values
+from .sweep.gradients import arriving
+from .sweep.host import Call, prepare
+from .sweep.scan import compose
+from .sweep.segments import Segments, cut, run_segments
+
+#: Tokens of a chunk.
+CHUNK = 64
+
+
+def _states(
+    config: StatesConfig,
+    c: Call,
+    o: Options,
+    s: Segments,
+    b: tuple[torch.Tensor, int],  # k, or q with reverse; token stride
+    x: tuple[torch.Tensor, int],  # v, or do with reverse; token stride
+    start: torch.Tensor | None,
+    final: torch.Tensor | None,
+    beside: torch.Tensor | None = None,
+    *,
+    reverse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[chunks, HV, K, V]: S before each chunk, or with reverse the gradient R of the state after it; and <S, R> with S beside."""
+    w = None if reverse else c.beta
+    walk: dict[str, Any] = {"reverse": reverse, "SEG": config.SEG, "BT": CHUNK, "units": s.units, "offsets": s.offsets, "stages": 2}
+    local = run_segments(c, o, *b, *x, w, None, exact=False, BE=64, warps=4, tma=False, **walk)
+    ends, _ = compose(s, local, start, None, final, None, c.N, reverse=reverse)
+    return run_store(c, o, *b, *x, w, ends, beside, warps=4, **walk)
+
+
+def forward(config: StatesConfig, t: Tensors, o: Options) -> Outputs:
+    out = Outputs(*empty_outputs(t, o))
+    c = prepare(t, o, CHUNK)
+    s = cut(c, t, config.SEG)
+    states, _ = _states(config, c, o, s, (c.k, c.s_k), (c.v, c.s_v), c.h0, out.state if o.final_state else None, reverse=False)
+    run_outputs(c, o, states, out.o, chunks=states.shape[0], BT=CHUNK, offsets=s.offsets, **config._asdict())
+    return out
+
+
+def backward(config: StatesConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
+    t, want = residuals.tensors, Gradients(*wanted)
+    c = prepare(t, o, CHUNK)
+    s = cut(c, t, config.SEG)
+    a = arriving(c, residuals, grads, o)
+    dh0 = None if c.h0 is None else torch.empty_like(c.h0)
+    states, _ = _states(config, c, o, s, (c.k, c.s_k), (c.v, c.s_v), c.h0, None, reverse=False)
+    gated = t.g is not None
+    after, overlap = _states(config, c, o, s, (c.q, c.s_q), (a.do, a.s_do), a.dS, dh0, states if gated else None, reverse=True)
+    rest: dict[str, Any] = {"chunks": states.shape[0], "BT": CHUNK, "offsets": s.offsets, **config._asdict()}
+    shares, rows = run_queries(c, o, a.do, a.s_do, states, gates=gated, **rest)
+    dg = torch.empty_like(t.g, memory_format=torch.contiguous_format) if gated else None
+    found = run_values(c, o, a.do, a.s_do, after, rows, overlap, dg, **rest)
+    dq, dk = (x[0] if x.shape[0] == 1 else x.sum(0) for x in (shares, found.dk))
+    return Gradients(
+        q=dq.to(t.q.dtype) if want.q else None,
+        k=dk.to(t.k.dtype) if want.k else None,
+        v=found.dv if want.v else None,
+        g=found.dg if want.g else None,
+        beta=found.dbeta if want.beta else None,
+        skip=found.dskip.sum(0).to(t.skip.dtype) if want.skip else None,
+        h0=dh0 if want.h0 else None,
+        z0=None,
+    )
