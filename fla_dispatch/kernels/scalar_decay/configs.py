@@ -30,21 +30,22 @@ class SegmentConfig(NamedTuple):
 
 
 class StatesConfig(NamedTuple):
-    """SEG: tokens per segment of the walk that stores states, one of `sequences.SEGMENTS`; HEADS: value heads of a query head that one
-    program takes; warps and pipeline stages of a block. Chunks have 64 tokens."""
+    """SEG: tokens per segment of the walk that stores states, one of `sequences.SEGMENTS`; BT: tokens per chunk, 64 on four warps or 128
+    on eight; HEADS: value heads of a query head that one program takes; pipeline stages; tma: tiles by tensor descriptors."""
 
     SEG: int
+    BT: int
     HEADS: int
-    warps: int
     stages: int
+    tma: bool = False
 
 
 class ParallelConfig(NamedTuple):
-    """tokens: of a block, which holds a whole sequence; HEADS: value heads of a query head that one program takes; warps and stages."""
+    """tokens: of a block, which holds a whole sequence, 64 on four warps or 128 on eight; HEADS: value heads of a query head that one
+    program takes; pipeline stages of a block."""
 
     tokens: int
     HEADS: int
-    warps: int
     stages: int
 
 

@@ -330,16 +330,16 @@ sweep_cost, chunk_cost, recurrent_cost = (functools.partial(_triton, f"{name}_tr
 
 def states_cost(p: Problem, config: Any, direction: Direction) -> float:
     """Bytes at half the bandwidth until it is fitted: states are written and read once, tensors read again for them."""
-    passes, states = (8, 4) if direction.backward else (4, 2)
+    passes, states = (10, 5) if direction.backward else (4, 2)
     wide = passes * p.V + (2 if direction.backward else 1) * 2 * p.K / p.group
-    moved = item_bytes(p) * tokens(p) * (wide + states * p.K * p.V / 64)
-    waves = max(1.0, tokens(p) / 64 / config.HEADS / (2 * p.device.units))
-    return UNTRIED * (moved / (0.5 * p.device.bandwidth) * -(-waves // 1) / waves + (9 if direction.backward else 5) * 1e-5)
+    moved = item_bytes(p) * tokens(p) * (wide + states * p.K * p.V / config.BT)
+    waves = max(1.0, tokens(p) / config.BT / config.HEADS / (2 * p.device.units))
+    return UNTRIED * (moved / (0.5 * p.device.bandwidth) * -(-waves // 1) / waves + (10 if direction.backward else 5) * 1e-5)
 
 
 def parallel_cost(p: Problem, config: Any, direction: Direction) -> float:
     """Launches, and waves of blocks that each wait for memory a few times; untimed so far."""
-    launches = 2 if direction.backward else 1
+    launches = 3 if direction.backward else 1
     waves = -(-p.BH // config.HEADS // p.device.units)
     return UNTRIED * launches * (2.5e-5 + waves * (config.tokens / 64) * (8e-6 + 2e-6 * config.HEADS))
 

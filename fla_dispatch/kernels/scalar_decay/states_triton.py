@@ -12,6 +12,7 @@ import torch
 
 from .configs import StatesConfig
 from .recurrence import Gradients, Options, OutputGrads, Outputs, Residuals, Tensors, empty_outputs
+from .states.keys import run_keys
 from .states.outputs import run_outputs
 from .states.queries import run_queries
 from .states.store import run_store
@@ -21,8 +22,10 @@ from .sweep.host import Call, prepare
 from .sweep.scan import compose
 from .sweep.segments import Segments, cut, run_segments
 
-#: Tokens of a chunk.
-CHUNK = 64
+
+def _rest(config: StatesConfig) -> dict[str, Any]:
+    """What kernels of single chunks take: 64 rows for each four warps, which share columns and would repeat fewer rows."""
+    return {"SEG": config.SEG, "BT": config.BT, "HEADS": config.HEADS, "warps": config.BT // 16, "stages": config.stages, "tma": config.tma}
 
 
 def _states(
@@ -40,7 +43,9 @@ def _states(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[chunks, HV, K, V]: S before each chunk, or with reverse the gradient R of the state after it; and <S, R> with S beside."""
     w = None if reverse else c.beta
-    walk: dict[str, Any] = {"reverse": reverse, "SEG": config.SEG, "BT": CHUNK, "units": s.units, "offsets": s.offsets, "stages": 2}
+    walk: dict[str, Any] = {"reverse": reverse, "SEG": config.SEG, "BT": config.BT, "units": s.units, "offsets": s.offsets, "stages": 2}
+    if s.per_row == 1:  # each sequence is one segment
+        return run_store(c, o, *b, *x, w, start, beside, final, warps=4, **walk)
     local = run_segments(c, o, *b, *x, w, None, exact=False, BE=64, warps=4, tma=False, **walk)
     ends, _ = compose(s, local, start, None, final, None, c.N, reverse=reverse)
     return run_store(c, o, *b, *x, w, ends, beside, warps=4, **walk)
@@ -48,27 +53,27 @@ def _states(
 
 def forward(config: StatesConfig, t: Tensors, o: Options) -> Outputs:
     out = Outputs(*empty_outputs(t, o))
-    c = prepare(t, o, CHUNK)
+    c = prepare(t, o, config.BT, config.tma)
     s = cut(c, t, config.SEG)
     states, _ = _states(config, c, o, s, (c.k, c.s_k), (c.v, c.s_v), c.h0, out.state if o.final_state else None, reverse=False)
-    run_outputs(c, o, states, out.o, chunks=states.shape[0], BT=CHUNK, offsets=s.offsets, **config._asdict())
+    run_outputs(c, o, states, out.o, chunks=states.shape[0], offsets=s.offsets, **_rest(config))
     return out
 
 
 def backward(config: StatesConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
     t, want = residuals.tensors, Gradients(*wanted)
-    c = prepare(t, o, CHUNK)
+    c = prepare(t, o, config.BT, config.tma)
     s = cut(c, t, config.SEG)
-    a = arriving(c, residuals, grads, o)
+    a = arriving(c, residuals, grads, o, config.tma)
     dh0 = None if c.h0 is None else torch.empty_like(c.h0)
     states, _ = _states(config, c, o, s, (c.k, c.s_k), (c.v, c.s_v), c.h0, None, reverse=False)
     gated = t.g is not None
     after, overlap = _states(config, c, o, s, (c.q, c.s_q), (a.do, a.s_do), a.dS, dh0, states if gated else None, reverse=True)
-    rest: dict[str, Any] = {"chunks": states.shape[0], "BT": CHUNK, "offsets": s.offsets, **config._asdict()}
+    rest: dict[str, Any] = {"chunks": states.shape[0], "offsets": s.offsets, **_rest(config)}
     shares, rows = run_queries(c, o, a.do, a.s_do, states, gates=gated, **rest)
     dg = torch.empty_like(t.g, memory_format=torch.contiguous_format) if gated else None
     found = run_values(c, o, a.do, a.s_do, after, rows, overlap, dg, **rest)
-    dq, dk = (x[0] if x.shape[0] == 1 else x.sum(0) for x in (shares, found.dk))
+    dq, dk = (x[0] if x.shape[0] == 1 else x.sum(0) for x in (shares, run_keys(c, o, a.do, a.s_do, after, **rest)))
     return Gradients(
         q=dq.to(t.q.dtype) if want.q else None,
         k=dk.to(t.k.dtype) if want.k else None,

@@ -85,9 +85,15 @@ def _least_shared(p: Problem) -> int:
     return _shared_bytes(p, SweepConfig(16, 16, 2, 1))
 
 
+def _states_bytes(p: Problem, BT: int, stages: int) -> int:
+    """Shared memory of one block of a chunk: v, do and a state in stages, q and k."""
+    K, V = padded(p.K), padded(p.V)
+    return item_bytes(p) * (stages * (2 * BT * V + K * V) + 2 * BT * K)
+
+
 def _states_shared(p: Problem) -> int:
-    """Shared memory of one block of dk and dv without pipelining: q, k, v, do, a state, an operand of 64 x 64 and a weighted one."""
-    return item_bytes(p) * (128 * padded(p.K) + 192 * padded(p.V) + padded(p.K) * padded(p.V) + 64 * 64)
+    """Shared memory of the smallest config."""
+    return _states_bytes(p, 64, 1)
 
 
 def _segment(p: Problem) -> int:
@@ -108,14 +114,21 @@ def _chunk_configs(p: Problem) -> tuple[SegmentConfig, ...]:
 
 
 def _states_configs(p: Problem) -> tuple[StatesConfig, ...]:
-    """Segments as for `chunk_triton`; few heads per program where chunks alone do not fill the device, else the more the fewer sums."""
+    """Segments as for `chunk_triton`; few heads per program where chunks alone do not fill the device, else the more the fewer sums.
+
+    Chunks of 128 tokens have half the states, but their kernels fit the registers in half precision up to V = 64 alone.
+    """
     segment, group = min(_segment(p), 512 if p.packed else 2048), p.group
     chunks = tokens(p) / max(1, group) / 64
     most = 1
     while most < min(group, 32) and chunks * -(-group // (2 * most)) >= 4 * p.device.units:
         most *= 2
     heads = dict.fromkeys((most, max(1, most // 4), min(group, 4 * most)))
-    return tuple(StatesConfig(segment, h, warps, 2 if h > 1 else 1) for h in heads for warps in (8, 4))
+    tma = _descriptors(p) and padded(p.K) == p.K and padded(p.V) == p.V
+    ways = ((64, 2), (64, 1)) if padded(p.V) > 64 or p.dtype("qkv") == "float32" else ((64, 2), (128, 2), (64, 1))
+    found = dict.fromkeys(StatesConfig(segment, BT, h, stages if h > 1 else 1, tma) for BT, stages in ways for h in heads)
+    room = p.device.shared_bytes if p.device.is_gpu else 1 << 30
+    return tuple(c for c in found if _states_bytes(p, c.BT, c.stages) <= room)
 
 
 def _gluon_configs(p: Problem) -> tuple[GluonConfig, ...]:
@@ -136,10 +149,9 @@ def _gluon_configs(p: Problem) -> tuple[GluonConfig, ...]:
 
 
 def _parallel_configs(p: Problem) -> tuple[ParallelConfig, ...]:
-    """Blocks of 64 tokens on 4 warps, of 128 on 8; several heads of a group in one program where programs are many without."""
+    """The shortest block that holds a sequence; several heads of a group in one program where programs are many without."""
     heads = max(1, min(p.group, p.BH // (2 * p.device.units)))
-    blocks = ((64, 4), (64, 8)) if p.T <= 64 else ((128, 8),)
-    return tuple(dict.fromkeys(ParallelConfig(tokens, h, warps, 1) for tokens, warps in blocks for h in (heads, 1)))
+    return tuple(dict.fromkeys(ParallelConfig(64 if p.T <= 64 else 128, h, 1) for h in (heads, 1)))
 
 
 def _parallel_shared(p: Problem) -> int:

@@ -11,11 +11,13 @@ begin and to its end, beside (4) and (7):
           dg_t = sum of dG over the chunk's tokens from t on + sum_s y_s + exp(G_end) <S, R>
     (13)  dskip = sum_t do_t . v_t
 
+Sums over s and t of E come from one kernel, whose tiles of P it needs anyway, and q_t . S do_t as do_t . (q_t S) from that of dq.
 Nothing of (12) is summed beyond the chunk, so rounded operands serve. Of heads that share q and k the factor M * beta * D adds up in
 registers, and only then meets k or q. Every transposed product is computed as such: no accumulator is transposed.
 
 store    kernel and launcher of the states before each chunk, or of the gradients of states after each, with their <S, R>
 outputs  of the output of every chunk
-queries  of dq and the first half of (12)
-values   of dk, dv, and the gradients of beta, g and skip
+queries  of dq, and q_t . S do_t for (12)
+keys     of dk
+values   of dv, and the gradients of beta, g and skip
 """

@@ -76,6 +76,55 @@ def between(b_G, inside, BACK: tl.constexpr):
     return tl.exp2(tl.where(inside, apart.to(tl.float32), float("-inf")))
 
 
+@triton.jit
+def heads_of(p, length, stride, HV, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """Rows of all heads of a chunk, [length, HV * D], for tiles of one head: a tensor descriptor (D = BD), or the pointer itself."""
+    if TMA:
+        return tl.make_tensor_descriptor(p, shape=[length, HV * D], strides=[stride, 1], block_shape=[BT, BD])
+    else:
+        return p
+
+
+@triton.jit
+def load_head(rows, length, stride, i_hv, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """Tile [BT, BD] of head i_hv of `heads_of`."""
+    if TMA:
+        return rows.load([0, i_hv * D])
+    else:
+        return load_tile(rows + i_hv * D, length, stride, 0, 0, D, BT, BD, False)
+
+
+@triton.jit
+def store_head(rows, b_o, length, stride, i_hv, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """The other way round."""
+    if TMA:
+        rows.store([0, i_hv * D], b_o.to(rows.dtype))
+    else:
+        store_tile(rows + i_hv * D, b_o, length, stride, 0, 0, D, BT, BD, False)
+
+
+@triton.jit
+def states_of(p, i_c, HV, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TMA: tl.constexpr):
+    """States of all heads of chunk i_c, [HV * K, V]: a tensor descriptor (K = BK, V = BV), or the pointer to them."""
+    p_c = p + tl.cast(i_c, tl.int64) * HV * (K * V)
+    if TMA:
+        return tl.make_tensor_descriptor(p_c, shape=[HV * K, V], strides=[V, 1], block_shape=[BK, BV])
+    else:
+        return p_c
+
+
+@triton.jit
+def load_state(states, i_hv, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TMA: tl.constexpr):
+    """[BK, BV] of head i_hv of `states_of`."""
+    if TMA:
+        return states.load([i_hv * K, 0])
+    else:
+        o_k = tl.arange(0, BK)
+        o_v = tl.arange(0, BV)
+        mask = (o_k < K)[:, None] & (o_v < V)[None, :]
+        return tl.load(states + tl.cast(i_hv, tl.int64) * (K * V) + o_k[:, None] * V + o_v[None, :], mask=mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["T", "N", "total", "scale", "SEG", "H", "HV", "SHARES"])
 def chunk_outputs(
     q,  # [B, T, H, K], token stride s_q
@@ -111,6 +160,7 @@ def chunk_outputs(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     FLOOR: tl.constexpr,
+    TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     i_c = tl.program_id(0)
@@ -130,15 +180,19 @@ def chunk_outputs(
     b_q = load_tile(q + begin * s_q + i_h * K, length, s_q, 0, 0, K, BT, BK, False)
     b_k = load_tile(k + begin * s_k + i_h * K, length, s_k, 0, 0, K, BT, BK, False)
     b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+    rows_v = heads_of(v + begin * s_v, length, s_v, HV, V, BT, BV, TMA)
+    rows_o = heads_of(o + begin * HV * V, length, HV * V, HV, V, BT, BV, TMA)
+    if states is not None:
+        states_c = states_of(states, i_c, HV, K, V, BK, BV, TMA)
     first = (tl.program_id(1) % SHARES) * HEADS
     for j in tl.range(first, tl.minimum(first + HEADS, group), num_stages=STAGES):
         i_hv = i_h * group + j
-        b_v = load_tile(v + begin * s_v + i_hv * V, length, s_v, 0, 0, V, BT, BV, False)
+        b_v = load_head(rows_v, length, s_v, i_hv, V, BT, BV, TMA)
         o_state = (tl.cast(i_c, tl.int64) * HV + i_hv) * K * V
         b_o = tl.zeros([BT, BV], tl.float32)
         weigh = tl.full([BT], 1.0, tl.float32)
         if states is not None:
-            b_s = tl.load(states + o_state + p_s, mask=m_s, other=0.0)
+            b_s = load_state(states_c, i_hv, K, V, BK, BV, TMA)
             b_o = tl.dot(b_q, b_s.to(b_q.dtype), input_precision=PRECISION) * scale
         if DECAY == 0:
             b_p = tl.where(inside, b_qk, 0.0)
@@ -161,7 +215,7 @@ def chunk_outputs(
             tl.store(final + o_state + p_s, add_weighted(b_f, b_k, b_v, weigh, False, PRECISION), mask=m_s)
         if skip is not None:
             b_o += tl.load(skip + i_hv).to(tl.float32) * b_v.to(tl.float32)
-        store_tile(o + (begin * HV + i_hv) * V, b_o, length, HV * V, 0, 0, V, BT, BV, False)
+        store_head(rows_o, b_o, length, HV * V, i_hv, V, BT, BV, TMA)
 
 
 def run_outputs(
@@ -179,6 +233,7 @@ def run_outputs(
     offsets: torch.Tensor | None,
     warps: int,
     stages: int,
+    tma: bool = False,
 ) -> None:
     """Fill out [B, T, HV, V] from the states before each chunk (None: zero), and `final` with those after each."""
     same, shares = constants(c, o), -(-(c.HV // c.H) // HEADS)
@@ -191,7 +246,7 @@ def run_outputs(
         ),
         {
             "K": c.K, "V": c.V, "BK": padded(c)[0], "BV": padded(c)[1], "BT": BT, "HEADS": HEADS, "DECAY": same["DECAY"], "RAW": raw,
-            "PACKED": same["PACKED"], "PRECISION": same["PRECISION"], "FLOOR": same["FLOOR"], "STAGES": stages,
+            "PACKED": same["PACKED"], "PRECISION": same["PRECISION"], "FLOOR": same["FLOOR"], "TMA": tma, "STAGES": stages,
         },
         warps,
         stages,

@@ -1,4 +1,4 @@
-"""dq of every chunk, equation (9), and the half of (12) that belongs to its rows: sum_s E_ts + scale e_t q_t . S do_t.
+"""dq of every chunk, equation (9), and the part of (12) that comes from the state before it: scale e_t q_t . S do_t.
 
 Grid: (chunks, H * shares); a program takes HEADS of the value heads of one query head.
 """
@@ -13,7 +13,7 @@ from ..._shared.launch import launch
 from ..recurrence import Options
 from ..sweep.chunk_body import load_tile, store_tile
 from ..sweep.host import Call, constants, padded
-from .outputs import between, chunk_span, cumulative
+from .outputs import between, chunk_span, cumulative, heads_of, load_head, load_state, states_of
 
 
 @triton.jit(do_not_specialize=["T", "N", "total", "scale", "SEG", "H", "HV", "SHARES"])
@@ -28,7 +28,7 @@ def chunk_queries(
     cu,  # [N + 1] or None
     offsets,  # [N + 1] or None
     dq,  # [SHARES, B, T, H, K]
-    rows,  # [B, T, HV] float32, for (12), or None
+    rows,  # [B, T, HV] float32, for (12), or None (as without states)
     T,
     N,
     total,
@@ -52,6 +52,7 @@ def chunk_queries(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     FLOOR: tl.constexpr,
+    TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     i_c = tl.program_id(0)
@@ -64,22 +65,20 @@ def chunk_queries(
     o_t = tl.arange(0, BT)
     m_t = o_t < length
     inside = (o_t[:, None] >= o_t[None, :]) & m_t[:, None]
-    o_k = tl.arange(0, BK)
-    o_v = tl.arange(0, BV)
-    m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
-    p_s = o_k[:, None] * V + o_v[None, :]
     plane = tl.cast(total, tl.int64)
-    b_q = load_tile(q + begin * s_q + i_h * K, length, s_q, 0, 0, K, BT, BK, False)
-    b_k = load_tile(k + begin * s_k + i_h * K, length, s_k, 0, 0, K, BT, BK, False)
     if rows is not None:
-        b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_q = load_tile(q + begin * s_q + i_h * K, length, s_q, 0, 0, K, BT, BK, False)
     shared = tl.zeros([BT, BT], tl.float32)
     b_dq = tl.zeros([BT, BK], tl.float32)
+    rows_v = heads_of(v + begin * s_v, length, s_v, HV, V, BT, BV, TMA)
+    rows_do = heads_of(do + begin * s_do, length, s_do, HV, V, BT, BV, TMA)
+    if states is not None:
+        states_c = states_of(states, i_c, HV, K, V, BK, BV, TMA)
     first = i_share * HEADS
     for j in tl.range(first, tl.minimum(first + HEADS, group), num_stages=STAGES):
         i_hv = i_h * group + j
-        b_v = load_tile(v + begin * s_v + i_hv * V, length, s_v, 0, 0, V, BT, BV, False)
-        b_do = load_tile(do + begin * s_do + i_hv * V, length, s_do, 0, 0, V, BT, BV, False)
+        b_v = load_head(rows_v, length, s_v, i_hv, V, BT, BV, TMA)
+        b_do = load_head(rows_do, length, s_do, i_hv, V, BT, BV, TMA)
         b_d = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) * scale
         to_row = tl.full([BT], scale, tl.float32)
         if DECAY == 0:
@@ -92,16 +91,14 @@ def chunk_queries(
         if w is not None:
             b_d *= tl.load(w + p_t, mask=m_t, other=0.0).to(tl.float32)[None, :]
         shared += b_d
-        if rows is not None:
-            b_rows = tl.sum(b_d * b_qk, 1)
         if states is not None:
-            b_s = tl.load(states + (tl.cast(i_c, tl.int64) * HV + i_hv) * K * V + p_s, mask=m_s, other=0.0).to(b_do.dtype)
-            b_x = tl.dot((b_do.to(tl.float32) * to_row[:, None]).to(b_do.dtype), tl.trans(b_s), input_precision=PRECISION)
-            b_dq += b_x
-            if rows is not None:
-                b_rows += tl.sum(b_q.to(tl.float32) * b_x, 1)
-        if rows is not None:
-            tl.store(rows + p_t, b_rows, mask=m_t)
+            b_s = load_state(states_c, i_hv, K, V, BK, BV, TMA).to(b_do.dtype)
+            b_w = (b_do.to(tl.float32) * to_row[:, None]).to(b_do.dtype)
+            b_dq = tl.dot(b_w, tl.trans(b_s), b_dq, input_precision=PRECISION)
+            if rows is not None:  # q S is narrower than S do
+                b_y = tl.dot(b_q, b_s, input_precision=PRECISION)
+                tl.store(rows + p_t, to_row * tl.sum(b_y * b_do.to(tl.float32), 1), mask=m_t)
+    b_k = load_tile(k + begin * s_k + i_h * K, length, s_k, 0, 0, K, BT, BK, False)
     b_dq = tl.dot(shared.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     store_tile(dq + (i_share * plane + begin) * H * K + i_h * K, b_dq, length, H * K, 0, 0, K, BT, BK, False)
 
@@ -122,11 +119,12 @@ def run_queries(
     offsets: torch.Tensor | None,
     warps: int,
     stages: int,
+    tma: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dq [shares, B, T, H, K], in float32 where there are several shares, and with gates the rows of (12), [B, T, HV] float32."""
+    """dq [shares, B, T, H, K], in float32 where there are several shares; with gates and states the rows for (12), [B, T, HV] float32."""
     same, shares = constants(c, o), -(-(c.HV // c.H) // HEADS)
     dq = c.q.new_empty((shares, c.B, c.T, c.H, c.K), dtype=c.q.dtype if shares == 1 else torch.float32)
-    rows = c.q.new_empty((c.B, c.T, c.HV), dtype=torch.float32) if gates else None
+    rows = c.q.new_empty((c.B, c.T, c.HV), dtype=torch.float32) if gates and states is not None else None
     launch(
         chunk_queries,
         (chunks, c.H * shares),
@@ -136,7 +134,7 @@ def run_queries(
         ),
         {
             "K": c.K, "V": c.V, "BK": padded(c)[0], "BV": padded(c)[1], "BT": BT, "HEADS": HEADS, "DECAY": same["DECAY"], "RAW": raw,
-            "PACKED": same["PACKED"], "PRECISION": same["PRECISION"], "FLOOR": same["FLOOR"], "STAGES": stages,
+            "PACKED": same["PACKED"], "PRECISION": same["PRECISION"], "FLOOR": same["FLOOR"], "TMA": tma, "STAGES": stages,
         },
         warps,
         stages,

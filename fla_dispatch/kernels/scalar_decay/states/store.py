@@ -23,12 +23,13 @@ def chunk_states(
     c,  # [B, T, HV, V], token stride s_c
     g,  # [HV, B * T] cumulative log2 decays, or [HV] log decays, or None
     w,  # [B, T, HV] column weights or None
-    start,  # [units, HV, K, V] float32
+    start,  # [units, HV, K, V] float32, or None for zero
     cu,  # [N + 1] or None
     offsets,  # [N + 1] or None
     states,  # [units * SEG / BT, HV, K, V]
     beside,  # [units * SEG / BT, HV, K, V] of the other direction of time, or None
     overlap,  # [NV, units * SEG / BT, HV] float32: inner products of a state with the one beside, or None
+    end,  # [units, HV, K, V] float32: the states that units end with, or None
     T,
     N,
     total,
@@ -63,7 +64,9 @@ def chunk_states(
     o_v = i_v * BV + tl.arange(0, BV)
     m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
     p_s = o_k[:, None] * V + o_v[None, :]
-    b_s = tl.load(start + tl.cast(i_uh, tl.int64) * K * V + p_s, mask=m_s, other=0.0)
+    b_s = tl.zeros([BK, BV], tl.float32)
+    if start is not None:
+        b_s += tl.load(start + tl.cast(i_uh, tl.int64) * K * V + p_s, mask=m_s, other=0.0)
     if DECAY == 2:
         p_g = g + i_hv * tl.cast(total, tl.int64) + begin
     if DECAY == 1:
@@ -94,6 +97,8 @@ def chunk_states(
         if w is not None:
             weigh *= chunk_row(w + begin * HV + i_hv, HV, i_t, length, BT)
         b_s = add_weighted(b_s, b_b, b_c, weigh, False, PRECISION)
+    if end is not None:
+        tl.store(end + tl.cast(i_uh, tl.int64) * K * V + p_s, b_s, mask=m_s)
 
 
 def run_store(
@@ -104,8 +109,9 @@ def run_store(
     x: torch.Tensor,
     s_x: int,
     w: torch.Tensor | None,
-    start: torch.Tensor,
+    start: torch.Tensor | None,
     beside: torch.Tensor | None = None,
+    end: torch.Tensor | None = None,
     *,
     reverse: bool,
     SEG: int,
@@ -117,6 +123,7 @@ def run_store(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[units * SEG / BT, HV, K, V]: states before each chunk with b = k and x = v; with reverse, b = q and x = do, gradients after each.
 
+    start: the states that units begin with, else zero; end: where to put those that they end with.
     And, where states are given to compare with, the inner products with them, [tiles of V, units * SEG / BT, HV] float32.
     """
     BV = min(64, padded(c)[1])
@@ -126,7 +133,7 @@ def run_store(
     launch(
         chunk_states,
         (units * c.HV * tiles(c.V, BV),),
-        (b, x, c.g, w, start, c.cu, offsets, states, beside, overlap, c.T, c.N, c.B * c.T, o.scale, s_b, s_x, SEG, c.H, c.HV),
+        (b, x, c.g, w, start, c.cu, offsets, states, beside, overlap, end, c.T, c.N, c.B * c.T, o.scale, s_b, s_x, SEG, c.H, c.HV),
         {
             "K": c.K, "V": c.V, "BK": padded(c)[0], "BV": BV, "BT": BT, "DECAY": same["DECAY"], "REVERSE": reverse,
             "PACKED": same["PACKED"], "PRECISION": same["PRECISION"], "STAGES": stages,

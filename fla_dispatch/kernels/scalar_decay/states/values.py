@@ -1,4 +1,4 @@
-"""dk and dv of every chunk, equations (10) and (11), with the gradients of beta, of gates (12) and of skip (13).
+"""dv of every chunk, equation (11), with the gradients of beta, of gates (12) and of skip (13).
 
 Grid: (chunks, H * shares); a program takes HEADS of the value heads of one query head. Rows are s, columns t.
 """
@@ -13,9 +13,9 @@ import triton.language as tl
 
 from ..._shared.launch import launch
 from ..recurrence import Options
-from ..sweep.chunk_body import add_weighted, load_tile, store_tile
+from ..sweep.chunk_body import add_weighted, load_tile
 from ..sweep.host import Call, constants, padded
-from .outputs import between, chunk_span, cumulative
+from .outputs import between, chunk_span, cumulative, heads_of, load_head, load_state, states_of, store_head
 
 
 @triton.jit(do_not_specialize=["T", "N", "total", "scale", "SEG", "H", "HV", "SHARES"])
@@ -28,11 +28,10 @@ def chunk_values(
     w,  # [B, T, HV] beta or None
     skip,  # [HV] or None
     after,  # [chunks, HV, K, V] R after each chunk, or None
-    rows,  # [B, T, HV] float32: what `chunk_queries` has of (12), or None
+    rows,  # [B, T, HV] float32: what `chunk_queries` has of (12), or None where states are zero
     overlap,  # [OVERLAPS, chunks, HV] float32: <S, R> in parts, or None
     cu,  # [N + 1] or None
     offsets,  # [N + 1] or None
-    dk,  # [SHARES, B, T, H, K]
     dv,  # [B, T, HV, V]
     dw,  # [B, T, HV] or None
     dg,  # [B, T, HV] or None
@@ -62,6 +61,7 @@ def chunk_values(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     FLOOR: tl.constexpr,
+    TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     i_c = tl.program_id(0)
@@ -88,45 +88,48 @@ def chunk_values(
     b_q = load_tile(q + begin * s_q + i_h * K, length, s_q, 0, 0, K, BT, BK, False)
     b_k = load_tile(k + begin * s_k + i_h * K, length, s_k, 0, 0, K, BT, BK, False)
     b_kq = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
-    shared = tl.zeros([BT, BT], tl.float32)
-    b_dk = tl.zeros([BT, BK], tl.float32)
+    rows_v = heads_of(v + begin * s_v, length, s_v, HV, V, BT, BV, TMA)
+    rows_do = heads_of(do + begin * s_do, length, s_do, HV, V, BT, BV, TMA)
+    rows_dv = heads_of(dv + begin * HV * V, length, HV * V, HV, V, BT, BV, TMA)
+    if after is not None:
+        after_c = states_of(after, i_c, HV, K, V, BK, BV, TMA)
     for j in tl.range(first, end, num_stages=STAGES):
         i_hv = i_h * group + j
-        b_v = load_tile(v + begin * s_v + i_hv * V, length, s_v, 0, 0, V, BT, BV, False)
-        b_do = load_tile(do + begin * s_do + i_hv * V, length, s_do, 0, 0, V, BT, BV, False)
+        b_v = load_head(rows_v, length, s_v, i_hv, V, BT, BV, TMA)
+        b_do = load_head(rows_do, length, s_do, i_hv, V, BT, BV, TMA)
         p_t = (begin + o_t) * HV + i_hv
         b_w = tl.full([BT], 1.0, tl.float32)
         if w is not None:
             b_w = tl.load(w + p_t, mask=m_t, other=0.0).to(tl.float32)
         to_end = tl.full([BT], 1.0, tl.float32)
         if DECAY == 0:
-            b_m = tl.where(inside, 1.0, 0.0)
+            b_p = tl.where(inside, b_kq, 0.0)
         else:
             b_G, last = cumulative(g, i_hv, begin, length, plane, HV, BT, DECAY, RAW, FLOOR, q.dtype.element_ty == tl.float32)
             to_end = tl.exp2((last - b_G).to(tl.float32))
-            b_m = between(b_G, inside, True)
-        b_p = b_kq * b_m
+            b_p = b_kq * between(b_G, inside, True)
+        if dg is not None:  # before u, beside which E would spill
+            b_e = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) * b_w[:, None] * b_p
+            dG = tl.sum(b_e, 0) - tl.sum(b_e, 1)
         b_u = tl.zeros([BT, BV], tl.float32)
         if after is not None:
-            b_r = tl.load(after + (o_chunk + i_hv) * K * V + p_s, mask=m_s, other=0.0)
+            b_r = load_state(after_c, i_hv, K, V, BK, BV, TMA)
             b_u = tl.dot(b_k, b_r.to(b_k.dtype), input_precision=PRECISION) * to_end[:, None]
-            b_vw = (b_v.to(tl.float32) * (to_end * b_w)[:, None]).to(b_v.dtype)
-            b_dk = tl.dot(b_vw, tl.trans(b_r.to(b_v.dtype)), b_dk, input_precision=PRECISION)
         if dg is not None:
             y = tl.sum(b_u * b_v.to(tl.float32), 1) * b_w
         b_u = tl.dot(b_p.to(b_do.dtype), b_do, b_u, input_precision=PRECISION)  # (11)
-        b_d = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) * b_w[:, None]
-        shared += b_d * b_m * scale
         if dw is not None:
             tl.store(dw + p_t, tl.sum(b_u * b_v.to(tl.float32), 1).to(dw.dtype.element_ty), mask=m_t)
         b_u *= b_w[:, None]
         if skip is not None:
             b_u += tl.load(skip + i_hv).to(tl.float32) * b_do.to(tl.float32)
-        store_tile(dv + (begin * HV + i_hv) * V, b_u, length, HV * V, 0, 0, V, BT, BV, False)
+        store_head(rows_dv, b_u, length, HV * V, i_hv, V, BT, BV, TMA)
         if dskip is not None:
             tl.store(dskip + o_chunk + i_hv, tl.sum(tl.sum(b_do.to(tl.float32) * b_v.to(tl.float32), 1), 0))
         if dg is not None:  # (12)
-            dG = tl.load(rows + p_t, mask=m_t, other=0.0) - tl.sum(b_d * b_p, 1) - y
+            dG -= y
+            if rows is not None:
+                dG += tl.load(rows + p_t, mask=m_t, other=0.0)
             whole = 0.0
             for i in tl.static_range(OVERLAPS):
                 whole += tl.load(overlap + (i * tl.num_programs(0).to(tl.int64) + i_c) * HV + i_hv)
@@ -141,14 +144,11 @@ def chunk_values(
                 b_b *= tl.exp2(last.to(tl.float32))
                 to_row *= tl.exp2(b_G.to(tl.float32))
             tl.store(before + (o_chunk + i_hv) * K * V + p_s, add_weighted(b_b, b_q, b_do, to_row, False, PRECISION), mask=m_s)
-    b_dk = tl.dot(shared.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-    store_tile(dk + (i_share * plane + begin) * H * K + i_h * K, b_dk, length, H * K, 0, 0, K, BT, BK, False)
 
 
 class Found(NamedTuple):
     """Gradients as the kernel leaves them."""
 
-    dk: torch.Tensor  # [shares, B, T, H, K]; float32 where there are several shares
     dv: torch.Tensor  # [B, T, HV, V]
     dbeta: torch.Tensor | None  # [B, T, HV]
     dg: torch.Tensor | None  # [B, T, HV]
@@ -175,11 +175,11 @@ def run_values(
     offsets: torch.Tensor | None,
     warps: int,
     stages: int,
+    tma: bool = False,
 ) -> Found:
-    """All gradients but dq; dg, before: where they shall be, or None."""
+    """All gradients but dq and dk; dg, before: where they shall be, or None."""
     same, shares = constants(c, o), -(-(c.HV // c.H) // HEADS)
     out = Found(
-        c.q.new_empty((shares, c.B, c.T, c.H, c.K), dtype=c.q.dtype if shares == 1 else torch.float32),
         c.v.new_empty((c.B, c.T, c.HV, c.V)),
         None if c.beta is None else torch.empty_like(c.beta),
         dg,
@@ -196,7 +196,7 @@ def run_values(
         {
             "K": c.K, "V": c.V, "BK": padded(c)[0], "BV": padded(c)[1], "BT": BT, "HEADS": HEADS,
             "OVERLAPS": 0 if overlap is None else overlap.shape[0], "DECAY": same["DECAY"], "RAW": raw,
-            "PACKED": same["PACKED"], "PRECISION": same["PRECISION"], "FLOOR": same["FLOOR"], "STAGES": stages,
+            "PACKED": same["PACKED"], "PRECISION": same["PRECISION"], "FLOOR": same["FLOOR"], "TMA": tma, "STAGES": stages,
         },
         warps,
         stages,
