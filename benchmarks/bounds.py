@@ -45,8 +45,8 @@ def training_bytes(op: str, x: Inputs) -> dict[str, int]:
     with them, where states_triton runs, two arrays [units * SEGMENT / CHUNK, HV, K, V] in the inputs' dtype;
     units are segments, of a pack as many as its tokens fill and one unfinished for each sequence;
     rows: float32 arrays [B, T, HV]. Gates: one cumulated, and a row sum for each tile of q . dq, of v . dv and, with a skip, of v . do.
-    normalize: u = -(do . o). mamba2's step size, which torch computes: three kept for backward (softplus's input and output, g) and six in
-    its backward (of g, of beta, the two shares and the sum of the step's gradient, the softplus's);
+    normalize: u = -(do . o). mamba2's step size where torch computes it: three kept for backward (softplus's input and output, g) and six
+    in its backward (of g, of beta, the two shares and the sum of the step's gradient, the softplus's);
     groups: with HV > H, dq and dk for each value head, and one sum over groups, in float32.
     """
     t, o = _call(op, x)
