@@ -79,7 +79,7 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     full = [c for c in fitting if c.BT == FULL]
     whole = tuple(full if len(full) > 1 else fitting)
     blocks, length = p.BH * -(-p.V // whole[0].BV), tokens(p) / max(1, p.BH)
-    if p.device.units < 2 * blocks or length < 1024 or K > 128 or room < 4 * (K * K + 2 * K * 64):  # two tiles of the composition
+    if p.device.units < 2 * blocks or length < 1024 or K > 128 or room < 4 * (K * K + 2 * K * 16):  # of the composition
         return whole
     cut = tuple(whole[0]._replace(SEG=SEG) for SEG in (1024, 512, 2048))
     return (*cut, *whole) if p.device.units >= 8 * blocks and length >= 8192 else (*whole, *cut)
