@@ -43,10 +43,11 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
 
     Half precision: 64-token chunks fill the matrix unit's 64 rows. 64 columns of the state on 4 warps take 217 to 255 registers and no
     stack at K = 128 with X by way of memory; X in the sweep takes 72 bytes of stack and leaves shared memory for two blocks of a unit.
-    128 columns on 8 warps spill 80 to 312 bytes, and read q and k once. K = 256 wants 8 warps. Tiles narrower than 64 columns never
-    run on 4 warps: decision 0003. Shorter chunks are for devices with less shared memory, and for sm100, for which Triton 3.7
-    does not compile sums over accumulators of 64 rows that a loop adds to (gradients of gates). float32 has no matrix unit at full
-    precision, and short chunks lose fewer digits: small tiles.
+    128 columns on 8 warps spill 80 to 312 bytes, and read q and k once. K = 256 wants 8 warps. A chunk's gradients take 238 to 255
+    registers and at most 88 bytes of stack on 4 warps (184 with p), 127 (K = 64) or 214 (K = 128) and none on 8: two blocks of a unit
+    but on 8 warps at K = 128. Tiles narrower than 64 columns never run on 4 warps: decision 0003. Shorter chunks are for devices with
+    less shared memory, and for sm100, for which Triton 3.7 does not compile sums over accumulators of 64 rows that a loop adds to
+    (gradients of gates). float32 has no matrix unit at full precision, and short chunks lose fewer digits: small tiles.
 
     Segments in parallel where whole sequences leave half of the device idle and are long enough to be cut, as the default where they
     leave most of it idle (their passes are three times as much work). Transitions are composed in float32 registers, K <= 128.
