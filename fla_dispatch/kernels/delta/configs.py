@@ -30,9 +30,9 @@ class ChunkConfig(NamedTuple):
     BK: int = 64
 
 
-def gradient_columns(V: int, BV: int, item_bytes: int) -> int:
-    """Columns of V of the tiles of a chunk's gradients, of a sweep of BV: all, where rows of all fit beside each other."""
-    return 1 << (V - 1).bit_length() if item_bytes == 2 and BV >= 64 and V <= 128 else min(64, BV)
+def gradient_columns(V: int, BT: int, BV: int, item_bytes: int) -> int:
+    """Columns of V of the tiles of a chunk's gradients, of a sweep of BV: all of them in large chunks, that their rows are read once."""
+    return 1 << (V - 1).bit_length() if item_bytes == 2 and BT >= 64 and BV >= 64 and V <= 128 else min(64, BV)
 
 
 class TorchConfig(NamedTuple):

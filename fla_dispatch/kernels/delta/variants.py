@@ -32,7 +32,7 @@ def _shared_bytes(p: Problem, c: ChunkConfig) -> int:
     BV = min(c.BV, tile(p.V))
     staged = c.BT * (keys * BK + BV) + 2 * c.BT * c.BT
     sweep = c.stages * staged + BK * BV + c.BT * BV
-    rows, columns = gradient_columns(p.V, BV, size), min(BK, c.BK)
+    rows, columns = gradient_columns(p.V, c.BT, BV, size), min(BK, c.BK)
     gradients = 3 * c.BT * rows + keys * c.BT * columns + 2 * columns * rows + (4 * c.BT * c.BT if c.parallel > 4 else 0) if p.grad else 0
     return size * max(sweep, gradients) + 2048
 

@@ -311,6 +311,9 @@ def run_gradients(
         c.q, c.k, c.p, c.v, do, gates, c.beta, w, dy, states, after, c.cu, c.offsets, *out, c.T, c.N, c.B * c.T, c.scale,
         c.s_q, c.s_k, c.s_p, c.s_v, s_do, c.SEG, c.H, c.HV,
     )  # fmt: skip
-    constants = c.constants("V", "BT", "EARLY") | {"BV": gradient_columns(c.V, c.same["BV"], c.q.element_size()), "BK": min(BK, tile(c.K))}
+    constants = c.constants("V", "BT", "EARLY") | {
+        "BV": gradient_columns(c.V, c.BT, c.same["BV"], c.q.element_size()),
+        "BK": min(BK, tile(c.K)),
+    }
     launch(chunk_gradients, (c.chunks * c.HV,), args, constants, warps, 1)
     return out
