@@ -20,12 +20,14 @@ class Pair(NamedTuple):
     """A map of tensors and its gradient.
 
     forward(*tensors) -> outputs; backward(tensors, output gradients, wanted) -> a gradient for each tensor, None where not wanted
-    (an output that nothing depends on has the gradient None). Numbers are bound to both.
+    (an output that nothing depends on has the gradient None). Numbers are bound to both. sources: the tensors that each output
+    depends on, all where left out; an output has a gradient where one of them has.
     """
 
     name: str
     forward: Callable[..., tuple[torch.Tensor, ...]]
     backward: Callable[[Tensors, Tensors, tuple[bool, ...]], Tensors]
+    sources: tuple[tuple[int, ...], ...] | None = None
 
 
 @functools.cache
@@ -60,7 +62,11 @@ class _Apply(torch.autograd.Function):
         ctx.pair = pair
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        return pair.forward(*tensors)
+        outputs = pair.forward(*tensors)
+        if pair.sources is not None:
+            need = ctx.needs_input_grad[1:]
+            ctx.mark_non_differentiable(*[y for y, found in zip(outputs, pair.sources, strict=True) if not any(need[i] for i in found)])
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""What kernels of steps compute alike."""
+"""What kernels of steps, and of what layers do around a recurrence, compute alike."""
 
 from __future__ import annotations
 
@@ -17,3 +17,10 @@ def softplus(x):
     u = s * s
     series = 1.0 + u * (1.0 / 3 + u * (1.0 / 5 + u * (1.0 / 7 + u * (1.0 / 9 + u * (1.0 / 11 + u * (1.0 / 13 + u / 15))))))
     return tl.where(x > 0.0, x, 0.0) + 2.0 * s * series
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), with no exponential of a positive number."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)

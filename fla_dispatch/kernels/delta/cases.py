@@ -168,11 +168,31 @@ def gate_gradient_scale(dg: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tens
     return max([dg.double().norm().item(), *((x if channels else x.sum(-1)).norm().item() for x in terms)])
 
 
-def gradient_scales(op: str, inputs: Inputs, grads: dict[str, torch.Tensor]) -> dict[str, float]:
-    """What errors of gradients are relative to, where that is not their own norm: those of gates that are given as they are."""
+def parameter_scales(inputs: Inputs, grads: dict[str, torch.Tensor]) -> dict[str, float]:
+    """What errors of the gradients of A_log and dt_bias are relative to: the terms x_t e_t that they sum over tokens, and that may cancel.
+
+    By equation (10) a gate's gradient holds the rounding errors of all tokens on one side of it, so errors of a row of gates agree with
+    each other: |sum_t x_t e_t| <= |x| |e| is what they come near, row by row (of a batch row, head and channel; rows are independent).
+    e is the gradient of the raw gate; x is 1 for dt_bias, and for A_log what the rate multiplies by the slope there.
+    """
     leaves = inputs.leaves()
-    if "g" not in grads or inputs.kwargs.get("use_gate"):
+    e, x = grads["g"].double(), leaves["g"].double()
+    if "dt_bias" in leaves:
+        x = x + leaves["dt_bias"].double()
+    if inputs.kwargs.get("lower_bound") is None:
+        x = x.clamp(min=-30.0)  # below it the quotient is 1, of numbers that vanish
+        x = F.softplus(x) / torch.sigmoid(x)
+    of = {"A_log": x, "dt_bias": torch.ones_like(x)}
+    return {name: (y.norm(dim=1) * e.norm(dim=1)).norm().item() for name, y in of.items() if name in grads}
+
+
+def gradient_scales(op: str, inputs: Inputs, grads: dict[str, torch.Tensor]) -> dict[str, float]:
+    """What errors of gradients are relative to, where that is not their own norm: of gates as they are given, of parameters of raw ones."""
+    leaves = inputs.leaves()
+    if "g" not in grads:
         return {}
+    if inputs.kwargs.get("use_gate"):
+        return parameter_scales(inputs, grads)
     return {"g": gate_gradient_scale(grads["g"], *((leaves[x], grads[x]) for x in ("q", "k", "p") if x in grads))}
 
 

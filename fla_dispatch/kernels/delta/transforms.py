@@ -5,7 +5,8 @@
     g <- -exp(A_log) softplus(g + dt_bias), or with a lower bound: lower_bound sigmoid(exp(A_log) (g + dt_bias))
     n updates per token: q and the output at the last of n, the gate at the first
 
-Computed in float32 (float64 for float64 inputs).
+Computed in float32 (float64 for float64 inputs). On a GPU that Triton compiles for, all but the last line runs in the kernels of `raw/`
+(decision 0011), which are tested against this.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .._shared.delta_contract import Gate
+from .._shared.pair import apply, fusable
 from . import NORM_EPS
 from .recurrence import Tensors
 
@@ -61,6 +63,38 @@ def first_of(x: torch.Tensor, n: int) -> torch.Tensor:
     return F.pad(x.unsqueeze(2), (0, 0) * (x.dim() - 2) + (0, n - 1)).flatten(1, 2)
 
 
+#: Rows and tokens are counted in 32 bits by the kernels, which hold whole rows of at most so many entries.
+_MOST_ROWS, _WIDEST = 2**31 - 2**16, 1024
+
+
+def unit_rows(q: torch.Tensor, k: torch.Tensor, p: torch.Tensor | None, wide: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """q, k and p (None where absent) normalised."""
+    B, T, H, K = k.shape
+    if wide is torch.float32 and K <= _WIDEST and B * T * H < _MOST_ROWS and fusable(q, k, p):
+        from .raw import pairs
+
+        found = apply(pairs.rows(p is not None), q, k, p)
+        return found if p is not None else (*found, None)
+    return normalized(q, wide), normalized(k, wide), None if p is None else normalized(p, wide)
+
+
+def vectors(
+    logits: torch.Tensor | None, doubled: bool, raw: torch.Tensor | None, gate: Gate | None, wide: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(beta, g): the weights of logits and the log decays of a raw gate; None where these are absent (raw: as gate is)."""
+    some = raw if logits is None else logits
+    assert some is not None
+    A_log, dt_bias, bound = (None, None, None) if gate is None else gate
+    if wide is torch.float32 and some.shape[0] * some.shape[1] < _MOST_ROWS and fusable(some, raw, A_log, dt_bias):
+        from .raw import pairs
+
+        kind = "given" if gate is None else "softplus" if bound is None else "bounded"
+        found = iter(apply(pairs.vectors(logits is not None, kind, doubled, bound or 0.0), logits, raw, A_log, dt_bias))
+        return None if logits is None else next(found), None if gate is None else next(found)
+    beta = None if logits is None else weight(logits, doubled, wide)
+    return beta, None if raw is None or gate is None else log_decay(raw, gate, wide)
+
+
 def preparation(
     *, norm: bool, logits: bool, doubled: bool, gate: Gate | None, updates: int, wide: torch.dtype
 ) -> Callable[[Tensors], Tensors] | None:
@@ -71,12 +105,10 @@ def preparation(
     def prepare(t: Tensors) -> Tensors:
         q, k, v, p, g, beta, h0, cu, host, segments = t
         if norm:
-            q, k = normalized(q, wide), normalized(k, wide)
-            p = None if p is None else normalized(p, wide)
-        if logits:
-            beta = weight(beta, doubled, wide)
-        if gate is not None:
-            g = log_decay(g, gate, wide)
+            q, k, p = unit_rows(q, k, p, wide)
+        if logits or gate is not None:
+            made = vectors(beta if logits else None, doubled, None if gate is None else g, gate, wide)
+            beta, g = beta if made[0] is None else made[0], g if made[1] is None else made[1]
         if updates > 1:
             q, g = last_of(q, updates), None if g is None else first_of(g, updates)
             if cu is not None:

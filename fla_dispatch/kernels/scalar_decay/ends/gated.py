@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..._shared.launch import launch, tile, token_rows
-from .step_sizes import sigmoid
+from ..._shared.step_math import sigmoid
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from ..._shared.launch import launch, token_rows
+from ..._shared.step_math import sigmoid
 from .gated import block_of, blocks
-from .step_sizes import sigmoid
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from ..._shared.launch import launch
-from ..._shared.step_math import softplus
-from .step_sizes import blocks, raw_steps, sigmoid
+from ..._shared.step_math import sigmoid, softplus
+from .step_sizes import blocks, raw_steps
 
 
 @triton.jit(do_not_specialize=["low", "high", "rows", "T", "HV", "s_b", "s_t", "s_h"])

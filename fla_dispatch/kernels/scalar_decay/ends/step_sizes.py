@@ -10,14 +10,7 @@ import triton
 import triton.language as tl
 
 from ..._shared.launch import launch, tile
-from ..._shared.step_math import LOG2E, softplus
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)), with no exponential of a positive number."""
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
+from ..._shared.step_math import softplus
 
 
 @triton.jit
