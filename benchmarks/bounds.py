@@ -1,4 +1,5 @@
-"""What the algorithms of scalar_decay promise of a call, in bytes: the fewest that move, and the most that training holds.
+"""What the algorithms of scalar_decay, and the transforms before delta rules, promise of a call, in bytes: the fewest that move, and the
+most that training holds.
 
 Shapes are read, no values: inputs on the meta device do. (B, T, H, HV, K, V) as in the recurrence.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fla_dispatch import registry
+from fla_dispatch.kernels.delta.cases import Inputs as DeltaInputs
 from fla_dispatch.kernels.scalar_decay.cases import Inputs
 
 SEGMENT = 256  # tokens: the shortest segments that chunk_triton and states_triton are offered; sweeps keep no states
@@ -16,6 +18,7 @@ SEGMENT_STATES = 3  # of backward at its worst: before each segment, of each seg
 CHUNK = 64  # tokens: of the chunks whose states states_triton keeps, S and R, in the inputs' dtype
 DESCRIPTORS = 5 * 128  # bytes of the tensor descriptors that a block makes: a, b, c, o and the rows that o is multiplied with
 FLOAT32 = 4
+SUMS = 2 * 1024 * 512  # float32 numbers: two sums for each column of a tile and block of the kernel that takes gradients of gates
 
 
 def _call(op: str, x: Inputs) -> tuple[Any, Any]:
@@ -68,4 +71,21 @@ def training_bytes(op: str, x: Inputs) -> dict[str, int]:
         "states": units * HV * state,
         "rows": rows * per_row,
         "groups": 0 if HV == H else (2 * HV + H) * B * T * K * FLOAT32,
+    }
+
+
+def transform_bytes(x: DeltaInputs) -> dict[str, int]:
+    """Most bytes that forward + backward of what delta rules do before their recurrence holds beyond inputs and gradients that arrive.
+
+    outputs: unit rows of q, k and p in their dtype, weights and gates in float32; gradients: of every raw tensor; sums: of dt_bias and
+    A_log by spans of tokens, and over them. What is kept for backward are the inputs.
+    """
+    leaves = x.leaves()
+    rows, gates = [leaves[n] for n in ("q", "k", "p") if n in leaves], [leaves[n] for n in ("beta", "g") if n in leaves]
+    parameters = [leaves[n] for n in ("A_log", "dt_bias") if n in leaves]
+    terms = leaves["g"].numel() if parameters else 0
+    return {
+        "outputs": sum(map(_size, rows)) + sum(y.numel() for y in gates) * FLOAT32,
+        "gradients": sum(map(_size, (*rows, *gates, *parameters))),
+        "sums": (min(SUMS, 2 * terms) + 4 * sum(y.numel() for y in parameters)) * FLOAT32,
     }

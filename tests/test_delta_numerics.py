@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import delta_stress
+import matrix
 import pytest
 import torch
 from rooms import DELTA
 
 from fla_dispatch.kernels.delta import pairs
+from fla_dispatch.kernels.delta.cases import Sizes, gradient_scales, make_inputs, tolerance
 from fla_dispatch.kernels.delta.transforms import sigmoid
 
 
@@ -61,3 +63,27 @@ def test_a_saturated_logit_keeps_the_digits_of_its_gradient() -> None:
         wide = torch.tensor(value, dtype=torch.float64)
         torch.testing.assert_close(slope.double(), torch.sigmoid(wide) * torch.sigmoid(-wide), rtol=2e-5, atol=0)
         torch.testing.assert_close(sigmoid(x).double(), torch.sigmoid(wide), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("bound", [None, -5.0])
+@pytest.mark.parametrize("op", ["gated_delta", "kda"])
+def test_gradients_of_parameters_are_judged_by_what_they_sum(op: str, bound: float | None) -> None:
+    """Of few heads they may cancel, by two digits among these seeds, and their errors do not shrink with them: those are of the gates'
+    gradients that are summed, each of which holds the errors of all other tokens. The scale stays within two digits of what is judged."""
+    ratios, relative, by_norm = [], [], []
+    for seed in range(6):
+        x = make_inputs(
+            op, Sizes(2, 66, 1, 2, 32, 16), seed=seed, options=(("raw", True), ("lower_bound", bound)), initial_state=True, final_state=True
+        )
+        _, want, grads = matrix.oracle(op, x, grad=True)
+        _, found = matrix.execute(op, "chunk_torch", x, grad=True, grads=grads)
+        scales = gradient_scales(op, x, want)
+        assert set(scales) == {"A_log", "dt_bias"}
+        for name, scale in scales.items():
+            norm = want[name].norm().item()
+            assert scale >= norm * (1 - 1e-12)
+            ratios.append(scale / norm)
+            relative.append(matrix.distance(found[name], want[name], scale))
+            by_norm.append(matrix.distance(found[name], want[name]))
+    assert max(relative) < 0.5 * tolerance(torch.float32, "dg") and max(relative) < 0.5 * max(by_norm)
+    assert sorted(ratios)[len(ratios) // 2] < 30, ratios

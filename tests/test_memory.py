@@ -20,6 +20,8 @@ from benchmarks import bounds
 from fla_dispatch import registry
 from fla_dispatch.device import hypothetical
 from fla_dispatch.kernels._shared import launch
+from fla_dispatch.kernels.delta import cases as delta_cases
+from fla_dispatch.kernels.delta import transforms
 from fla_dispatch.kernels.scalar_decay.cases import Sizes, make_inputs
 
 ROOM = registry.get_recurrence("scalar_decay")
@@ -84,6 +86,31 @@ def test_host_code_stays_within_the_bound(
             found[variant.name, config] = peak(call, tmp_path / "trace.json")
     assert len(found) > len(able) and all(size <= most for size in found.values()), (most, found)
     assert max(found.values()) > 0.75 * most, "a bound that nothing comes near"
+
+
+@pytest.mark.parametrize("op", ["delta", "gated_delta", "kda", "comba", "delta_product"])
+def test_transforms_hold_their_outputs_and_gradients(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients arrive as they would from a recurrence, one for each output."""
+    monkeypatch.setattr(launch, "_recorded", collections.deque(maxlen=0))  # launches are neither run nor kept
+    monkeypatch.setattr(transforms, "fusable", lambda *tensors: True)
+    made = delta_cases.make_inputs(op, Sizes(2, 2048, 2, 4, 64, 64), torch.bfloat16, options=(("raw", True),))
+    x = made.replaced({name: y.detach().requires_grad_() for name, y in made.leaves().items()})
+    low = registry.get_op(op).contract(*x.args, **x.kwargs)
+    leaves = [y for name, y in x.leaves().items() if name != "v"]
+    names = [name for name in ("q", "k", "p", "g", "beta") if name in x.leaves()]
+    assert low.prepare is not None
+    updates = x.kwargs.get("num_householder", 1)
+    arriving = [torch.ones_like(getattr(low.prepare(low.tensors), name)) for name in names]
+
+    def call() -> object:
+        t = low.prepare(low.tensors)
+        return torch.autograd.grad([getattr(t, name) for name in names], leaves, arriving)
+
+    call()
+    found, parts = peak(call, tmp_path / "trace.json"), bounds.transform_bytes(x)
+    if updates > 1:  # torch pads q and g, and takes the paddings away from their gradients
+        parts["paddings"] = updates * (x.leaves()["q"].numel() * 2 + x.leaves()["g"].numel() * 4)
+    assert parts["outputs"] + parts["gradients"] <= found <= sum(parts.values()), (found, parts)
 
 
 def test_the_bound_knows_the_shortest_segment_and_the_narrowest_tile() -> None:

@@ -169,21 +169,22 @@ def gate_gradient_scale(dg: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tens
 
 
 def parameter_scales(inputs: Inputs, grads: dict[str, torch.Tensor]) -> dict[str, float]:
-    """What errors of the gradients of A_log and dt_bias are relative to: the terms x_t e_t that they sum over tokens, and that may cancel.
+    """What errors of the gradients of A_log and dt_bias are relative to: the terms x_t dg_t that they sum over tokens, and that may cancel.
 
-    By equation (10) a gate's gradient holds the rounding errors of all tokens on one side of it, so errors of a row of gates agree with
-    each other: |sum_t x_t e_t| <= |x| |e| is what they come near, row by row (of a batch row, head and channel; rows are independent).
-    e is the gradient of the raw gate; x is 1 for dt_bias, and for A_log what the rate multiplies by the slope there.
+    By equation (10) a gate's gradient dg holds the rounding errors of all tokens on one side of it, so errors of a row of gates agree with
+    each other: |sum_t x_t dg_t| <= |x| |dg| is what they come near, row by row (of a batch row, head and channel; rows are independent).
+    x is the derivative of the gate by the parameter; the gradient of the raw gate is dg times that by dt_bias, the slope.
     """
-    leaves = inputs.leaves()
-    e, x = grads["g"].double(), leaves["g"].double()
-    if "dt_bias" in leaves:
-        x = x + leaves["dt_bias"].double()
-    if inputs.kwargs.get("lower_bound") is None:
-        x = x.clamp(min=-30.0)  # below it the quotient is 1, of numbers that vanish
-        x = F.softplus(x) / torch.sigmoid(x)
-    of = {"A_log": x, "dt_bias": torch.ones_like(x)}
-    return {name: (y.norm(dim=1) * e.norm(dim=1)).norm().item() for name, y in of.items() if name in grads}
+    leaves, low = inputs.leaves(), inputs.kwargs.get("lower_bound")
+    raw = leaves["g"].detach().double()
+    rate = torch.zeros(raw.shape[2], device=raw.device) if leaves.get("A_log") is None else leaves["A_log"].detach()
+    rate = rate.double().exp().view(-1, *(1,) * (raw.dim() - 3))
+    x = raw + leaves["dt_bias"].detach().double() if "dt_bias" in leaves else raw
+    y = rate * x
+    slope = -rate * torch.sigmoid(x) if low is None else low * rate * torch.sigmoid(y) * torch.sigmoid(-y)
+    dg = torch.where(slope != 0, grads["g"].double() / slope, 0.0)
+    of = {"A_log": -rate * F.softplus(x) if low is None else slope * x, "dt_bias": slope}
+    return {name: (z.norm(dim=1) * dg.norm(dim=1)).norm().item() for name, z in of.items() if name in grads}
 
 
 def gradient_scales(op: str, inputs: Inputs, grads: dict[str, torch.Tensor]) -> dict[str, float]:

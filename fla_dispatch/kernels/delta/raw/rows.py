@@ -18,31 +18,31 @@ from .. import NORM_EPS
 @triton.jit
 def rows_at(
     rows,
-    stride,
+    s_t,
     H: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Offsets [ROWS, BK] of a block of rows whose tokens are `stride` apart, and the mask of those that are there."""
+    """Offsets [ROWS, BK] of a block of rows whose tokens are s_t apart, and the mask of those that are there."""
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_k = tl.arange(0, BK)
-    p = (o_r // H).to(tl.int64) * stride + o_r % H * K
+    p = (o_r // H).to(tl.int64) * s_t + o_r % H * K
     return p[:, None] + o_k[None, :], (o_r < rows)[:, None] & (o_k < K)[None, :]
 
 
 @triton.jit
 def rows_of(
-    x,  # [rows / H, H, K], token stride `stride`
+    x,  # [rows / H, H, K], token stride s_t
     rows,
-    stride,
+    s_t,
     H: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     BK: tl.constexpr,
 ):
     """A block [ROWS, BK] in float32, zero where masked."""
-    p, m = rows_at(rows, stride, H, K, ROWS, BK)
+    p, m = rows_at(rows, s_t, H, K, ROWS, BK)
     return tl.load(x + p, mask=m, other=0.0).to(tl.float32)
 
 
