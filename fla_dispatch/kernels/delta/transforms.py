@@ -70,7 +70,7 @@ _MOST_ROWS, _WIDEST = 2**31 - 2**16, 1024
 def unit_rows(q: torch.Tensor, k: torch.Tensor, p: torch.Tensor | None, wide: torch.dtype) -> tuple[torch.Tensor, ...]:
     """q, k and p (None where absent) normalised."""
     B, T, H, K = k.shape
-    if wide is torch.float32 and K <= _WIDEST and B * T * H < _MOST_ROWS and fusable(q, k, p):
+    if wide is torch.float32 and fusable(q, k, p) and K <= _WIDEST and B * T * H < _MOST_ROWS:
         from .raw import pairs
 
         found = apply(pairs.rows(p is not None), q, k, p)
@@ -85,7 +85,7 @@ def vectors(
     some = raw if logits is None else logits
     assert some is not None
     A_log, dt_bias, bound = (None, None, None) if gate is None else gate
-    if wide is torch.float32 and some.shape[0] * some.shape[1] < _MOST_ROWS and fusable(some, raw, A_log, dt_bias):
+    if wide is torch.float32 and fusable(some, raw, A_log, dt_bias) and some.shape[0] * some.shape[1] < _MOST_ROWS:
         from .raw import pairs
 
         kind = "given" if gate is None else "softplus" if bound is None else "bounded"

@@ -13,10 +13,20 @@ import triton
 import triton.language as tl
 
 from ..._shared.launch import launch, tile, token_rows
-from ..._shared.step_math import LOG2E, sigmoid, softplus
+from ..._shared.step_math import LOG2E, sigmoid
 
 #: What the code GATE stands for.
 GATES = {"given": 0, "softplus": 1, "bounded": 2}
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) = max(x, 0) + log1p(e), e = e^-|x|, by the polynomial of degree 8 that is nearest to log1p(e) / e on [0, 1]: within 3e-8
+    of it, 2e-7 with the rounding of float32. It divides nothing, where a gate per channel is short of instructions, not of digits."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    series = 0.19106005 + e * (-0.13663243 + e * (0.07822591 + e * (-0.029505214 + e * 0.005232688)))
+    series = 0.99999994 + e * (-0.49999493 + e * (0.33319098 + e * (-0.24842982 + e * series)))
+    return tl.where(x > 0.0, x, 0.0) + e * series
 
 
 @triton.jit

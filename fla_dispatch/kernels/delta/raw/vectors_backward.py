@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from ..._shared.launch import launch
-from ..._shared.step_math import LOG2E, sigmoid, softplus
-from .vectors import columns_of, cut, gate_at, heads_of, logits_at
+from ..._shared.step_math import LOG2E, sigmoid
+from .vectors import columns_of, cut, gate_at, heads_of, logits_at, softplus
 
 
 @triton.jit
