@@ -65,7 +65,7 @@ def test_values_and_gradients_against_float64(name: str, dtype: torch.dtype) -> 
     wide = {n: y.double().detach().requires_grad_() for n, y in leaves.items()}
     want = made(x.replaced(wide), torch.float64)
     others = torch.autograd.grad(want, [wide[n] for n in names], [y.double() for y in arriving])
-    rounded = {torch.float32: 3e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+    rounded = {torch.float32: 5e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
     for y, z in zip((*outputs, *found), (*want, *others), strict=True):
         assert y.shape == z.shape and matrix.distance(y, z) < rounded[y.dtype]
 
