@@ -11,12 +11,15 @@ import torch
 
 from .._shared.launch import token_rows
 from .._shared.torch_math import sum_groups
+from .chunks.channel import run_channel
+from .chunks.channels import run_channels
 from .chunks.forward import run_forward
 from .chunks.gradients import run_gradients
 from .chunks.host import prepare
 from .chunks.inverse import run_inverse
 from .chunks.reverse import run_reverse
 from .chunks.segments import gradients_after, states_before, transitions_of
+from .chunks.states import run_states
 from .configs import ChunkConfig
 from .recurrence import Gradients, Options, OutputGrads, Outputs, Residuals, Tensors, empty_outputs
 
@@ -24,7 +27,11 @@ from .recurrence import Gradients, Options, OutputGrads, Outputs, Residuals, Ten
 def forward(config: ChunkConfig, t: Tensors, o: Options) -> Outputs:
     out = Outputs(*empty_outputs(t, o))
     c, warps = prepare(t, o, config), config.warps
-    inverse, scores, gates = run_inverse(c, config.scores)
+    if o.decay == "channel":
+        c, inverse, scores, _ = run_channel(c, False)
+        gates = None
+    else:
+        inverse, scores, gates = run_inverse(c, config.scores)
     h0, state = c.h0, out.state if o.final_state else None
     if config.SEG:
         h0 = states_before(c, inverse, gates, transitions_of(c, inverse, gates, warps), warps, state)
@@ -39,7 +46,12 @@ def backward(config: ChunkConfig, residuals: Residuals, grads: OutputGrads, o: O
     do, s_do = token_rows(torch.zeros_like(t.v) if grads.o is None else grads.o.to(t.v.dtype), config.tma)
     dS = None if grads.state is None else grads.state.contiguous()
     dh0 = None if c.h0 is None else torch.empty_like(c.h0)
-    inverse, scores, gates = run_inverse(c, True)
+    given, pairs = c, None
+    if o.decay == "channel":
+        c, inverse, scores, pairs = run_channel(c, True)
+        gates = None
+    else:
+        inverse, scores, gates = run_inverse(c, True)
     assert scores is not None, "asked for"
     w, dy = (c.v.new_empty((c.B, c.T, c.HV, c.V)) for _ in range(2))
     states, after = (c.q.new_empty((c.chunks, c.HV, c.K, c.V)) for _ in range(2))
@@ -51,7 +63,10 @@ def backward(config: ChunkConfig, residuals: Residuals, grads: OutputGrads, o: O
         first = None
     run_forward(c, inverse, None, gates, warps, h0, w=w, states=states)
     run_reverse(c, do, s_do, inverse, scores, gates, dS, first, dy, after, warps)
-    found = run_gradients(c, do, s_do, scores, gates, w, dy, states, after, config.parallel)
-    dq, dk, dp = (None if x is None else sum_groups(x, c.HV // c.H).to(c.q.dtype) for x in (found.dq, found.dk, found.dp))
+    if pairs is None:
+        found = run_gradients(c, do, s_do, scores, gates, w, dy, states, after, config.parallel)
+    else:
+        found = run_channels(given, run_states(c, do, s_do, pairs, w, dy, states, after, config.parallel))
+    dq, dk, dp = (None if x is None else sum_groups(x, c.HV // given.H).to(c.q.dtype) for x in (found.dq, found.dk, found.dp))
     every = (dq, dk, found.dv, dp, found.dg, found.dbeta, dh0)
     return Gradients(*(x if want else None for x, want in zip(every, wanted, strict=True)))

@@ -98,6 +98,14 @@ def _interpretable(p: Problem) -> tuple[str, str, str] | None:
     return None
 
 
+def _channels_of_keys(p: Problem) -> tuple[str, str, str] | None:
+    """No op has gates per channel and a removal key of its own, or one that is read early; the chunks' kernels for them know none."""
+    flags = dict(p.flags)
+    if flags["decay"] == "channel" and (flags["early"] == "true" or flags["removal"] == "p"):
+        return "gates per channel and a removal key of its own", "gates per head, or keys that remove", "use recurrent_triton"
+    return None
+
+
 _TRITON = (
     Gpu(nvidia_min=80),
     Package("triton", (3, 5)),
@@ -108,9 +116,8 @@ _TRITON = (
     Dim("V", 1, 256),
     Flag("decay", ("none", "token", "channel")),
 )
-#: A gate per channel is part of the product of a pair, not a factor of it.
 _CHUNK = (
-    *_TRITON[:-1], Flag("decay", ("none", "token")), SharedMemory(_least_shared),
+    *_TRITON, Rule("gates per channel", ("flags",), _channels_of_keys), SharedMemory(_least_shared),
     Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable),
 )  # fmt: skip
 
