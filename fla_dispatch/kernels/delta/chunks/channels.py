@@ -42,6 +42,32 @@ def earlier_sums(b_x, SIZE: tl.constexpr, GR: tl.constexpr, NB: tl.constexpr, CH
     return tl.reshape(tl.cumsum(parts, 4) - parts, [GR, NB, CH, BLOCK])
 
 
+@triton.jit
+def both_ways(x, o_t, o_s, length, BT: tl.constexpr):
+    """Elements (t, s) and (s, t) of rows x [length, BT]; zero where there is no such row."""
+    b_x = tl.load(x + o_t * BT + o_s, mask=(o_t < length) & (o_s < BT), other=0.0)
+    return b_x, tl.load(x + o_s * BT + o_t, mask=(o_s < length) & (o_t < BT), other=0.0)
+
+
+@triton.jit
+def level_terms(
+    b_q, b_k, b_L, b_X, turned_X, b_M, turned_M, rows, columns,
+    GR: tl.constexpr, NB: tl.constexpr, CH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The terms of a level in (19), for q and for k: [GR, NB, CH, BLOCK] each, float32."""
+    WHOLE: tl.constexpr = len(b_X.shape) == 2
+    b_D = b_L.to(b_k.dtype)
+    keys = by_tokens(b_k * b_D, GR, NB, CH) if WHOLE else by_blocks(b_k * b_D, GR, NB, CH)
+    queries = by_tokens(b_q * b_D, GR, NB, CH) if WHOLE else by_blocks(b_q * b_D, GR, NB, CH)
+    b_y = tl.dot(tl.where(rows, b_X, 0.0), keys, input_precision=PRECISION)
+    b_z = tl.dot(tl.where(rows, b_M, tl.where(columns, turned_M, 0.0)), keys, input_precision=PRECISION)
+    b_z = tl.dot(tl.where(columns, turned_X, 0.0), queries, b_z, input_precision=PRECISION)
+    if WHOLE:
+        return from_tokens(b_y, GR, NB, CH) * b_L, from_tokens(b_z, GR, NB, CH) * b_L
+    else:
+        return from_blocks(b_y, GR, NB, CH) * b_L, from_blocks(b_z, GR, NB, CH) * b_L
+
+
 @triton.jit(do_not_specialize=["T", "N", "total", "SEG", "H", "HV"])
 def chunk_channels(
     q,  # [B, T, H, K], token stride s_q
@@ -109,56 +135,37 @@ def chunk_channels(
     p_o = overlap + (tl.cast(i_c, tl.int64) * HV + i_hv) * K + o_c
     b_other += tl.load(p_o, mask=o_c < K, other=0.0)[:, None, :]
     plane = i_hv * tl.cast(total, tl.int64) + begin
-    if NB > 1:  # levels of whole blocks
+    if NB > 1:
         o_t, o_s = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-        b_X = tl.load(dX + (plane + o_t) * BT + o_s, mask=o_t < length, other=0.0)
-        turned_X = tl.load(dX + (plane + o_s) * BT + o_t, mask=o_s < length, other=0.0)
-        b_M = tl.load(dM + (plane + o_t) * BT + o_s, mask=o_t < length, other=0.0)
-        turned_M = tl.load(dM + (plane + o_s) * BT + o_t, mask=o_s < length, other=0.0)
+        b_X, turned_X = both_ways(dX + plane * BT, o_t, o_s, length, BT)
+        b_M, turned_M = both_ways(dM + plane * BT, o_t, o_s, length, BT)
         for i in tl.static_range(4, 6):
             if (1 << i) < BT:
-                COUNT: tl.constexpr = (1 << i) // BLOCK
-                rows, columns = of_level(o_t, o_s, 1 << i), of_level(o_s, o_t, 1 << i)
                 b_L = outer_decays(b_G, b_total, 1 << i, NB)
-                scaled = by_tokens(b_k * b_L.to(b_k.dtype), GR, NB, CH)
-                b_y = from_tokens(tl.dot(tl.where(rows, b_X, 0.0), scaled, input_precision=PRECISION), GR, NB, CH) * b_L
+                rows, columns = of_level(o_t, o_s, 1 << i), of_level(o_s, o_t, 1 << i)
+                b_y, b_z = level_terms(b_q, b_k, b_L, b_X, turned_X, b_M, turned_M, rows, columns, GR, NB, CH, PRECISION)
                 b_dq += b_y
-                b_y *= b_q
-                b_H = tl.where(rows, b_M, tl.where(columns, turned_M, 0.0))
-                b_z = tl.dot(b_H, scaled, input_precision=PRECISION)
-                scaled = by_tokens(b_q * b_L.to(b_k.dtype), GR, NB, CH)
-                b_z = tl.dot(tl.where(columns, turned_X, 0.0), scaled, b_z, input_precision=PRECISION)
-                b_z = from_tokens(b_z, GR, NB, CH) * b_L
                 b_dk += b_z
-                b_y += b_k * b_z
-                second = (tl.arange(0, NB) // COUNT % 2 == 1)[None, :, None]
+                b_y = b_q * b_y + b_k * b_z
+                second = (tl.arange(0, NB) // ((1 << i) // BLOCK) % 2 == 1)[None, :, None]
                 b_dg += tl.where(second[:, :, :, None], later_sums(b_y, BLOCK, GR, NB, CH), earlier_sums(b_y, BLOCK, GR, NB, CH))
-                if COUNT > 1:
+                if (1 << i) > BLOCK:
                     b_sum = tl.sum(b_y, 3)
-                    b_other += tl.where(second, sum_blocks(b_sum, NB, False, COUNT), sum_blocks(b_sum, NB, True, COUNT))
+                    later, earlier = sum_blocks(b_sum, NB, False, (1 << i) // BLOCK), sum_blocks(b_sum, NB, True, (1 << i) // BLOCK)
+                    b_other += tl.where(second, later, earlier)
     b_dg += b_other[:, :, :, None]
     o_b = tl.arange(0, NB)[:, None, None] * BLOCK
     o_r, o_s = tl.arange(0, BLOCK)[None, :, None], tl.arange(0, BLOCK)[None, None, :]
-    b_X = tl.load(dX + (plane + o_b + o_r) * BT + o_b + o_s, mask=o_b + o_r < length, other=0.0)
-    turned_X = tl.load(dX + (plane + o_b + o_s) * BT + o_b + o_r, mask=o_b + o_s < length, other=0.0)
-    b_M = tl.load(dM + (plane + o_b + o_r) * BT + o_b + o_s, mask=o_b + o_r < length, other=0.0)
-    turned_M = tl.load(dM + (plane + o_b + o_s) * BT + o_b + o_r, mask=o_b + o_s < length, other=0.0)
-    o_x = tl.arange(0, BLOCK)
+    b_X, turned_X = both_ways(dX + plane * BT, o_b + o_r, o_b + o_s, length, BT)
+    b_M, turned_M = both_ways(dM + plane * BT, o_b + o_r, o_b + o_s, length, BT)
     for i in tl.static_range(4):
-        rows, columns = of_level(o_r, o_s, 1 << i), of_level(o_s, o_r, 1 << i)
         b_L = inner_decays(b_G, 1 << i, GR, NB, CH)
-        scaled = by_blocks(b_k * b_L.to(b_k.dtype), GR, NB, CH)
-        b_y = from_blocks(tl.dot(tl.where(rows, b_X, 0.0), scaled, input_precision=PRECISION), GR, NB, CH) * b_L
+        rows, columns = of_level(o_r, o_s, 1 << i), of_level(o_s, o_r, 1 << i)
+        b_y, b_z = level_terms(b_q, b_k, b_L, b_X, turned_X, b_M, turned_M, rows, columns, GR, NB, CH, PRECISION)
         b_dq += b_y
-        b_y *= b_q
-        b_H = tl.where(rows, b_M, tl.where(columns, turned_M, 0.0))
-        b_z = tl.dot(b_H, scaled, input_precision=PRECISION)
-        scaled = by_blocks(b_q * b_L.to(b_k.dtype), GR, NB, CH)
-        b_z = tl.dot(tl.where(columns, turned_X, 0.0), scaled, b_z, input_precision=PRECISION)
-        b_z = from_blocks(b_z, GR, NB, CH) * b_L
         b_dk += b_z
-        b_y += b_k * b_z
-        second = o_x // (1 << i) % 2 == 1
+        b_y = b_q * b_y + b_k * b_z
+        second = tl.arange(0, BLOCK) // (1 << i) % 2 == 1
         b_dg += tl.where(second, later_sums(b_y, 1 << i, GR, NB, CH), earlier_sums(b_y, 1 << i, GR, NB, CH))
     own = tl.where(o_r == o_s, b_X, 0.0)
     b_dq += from_blocks(tl.dot(own, by_blocks(b_k, GR, NB, CH), input_precision=PRECISION), GR, NB, CH)
