@@ -122,18 +122,18 @@ def chunk_channel(
     tl.store(inverse + p_a, inverted(b_m, BT, MERGE).to(inverse.dtype.element_ty), mask=m_t[:, None])
 
 
-#: Warps of a block, and channels that they take at a time.
-WARPS, CHANNELS = 4, 64
+#: Channels that a warp takes at a time: its block of tokens of all of them, in registers.
+CHANNELS = 16
 
 
-def groups_of(c: Call) -> dict[str, int]:
+def groups_of(c: Call, warps: int) -> dict[str, int]:
     """GR and CH: as many groups of channels as there are threads for each block of tokens."""
-    channels = min(c.same["BK"], CHANNELS)
-    groups = min(channels, 32 * WARPS // (c.BT // BLOCK.value))
+    channels = min(int(c.same["BK"]), CHANNELS * warps)
+    groups = min(channels, max(1, 32 * warps // (c.BT // BLOCK.value)))
     return {"GR": groups, "CH": channels // groups}
 
 
-def run_channel(c: Call, keep: bool) -> tuple[Call, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def run_channel(c: Call, warps: int, keep: bool) -> tuple[Call, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The call as passes over time take it, the inverse and the scores scale X of each chunk, and, to keep, M, [HV, B * T, BT] each."""
     assert c.g is not None, "one gate per channel"
     reads, removes, writes = (c.q.new_empty((c.B, c.T, c.HV, c.K)) for _ in range(3))
@@ -144,7 +144,7 @@ def run_channel(c: Call, keep: bool) -> tuple[Call, torch.Tensor, torch.Tensor, 
         c.q, c.k, c.g, c.beta, c.cu, c.offsets, reads, removes, writes, decays, inverse, scores, pairs, c.T, c.N, c.B * c.T, c.scale,
         c.s_q, c.s_k, c.SEG, c.H, c.HV,
     )  # fmt: skip
-    launch(chunk_channel, (c.chunks * c.HV,), args, c.constants("BT", "MERGE", "FLOOR") | groups_of(c), WARPS, 1)
+    launch(chunk_channel, (c.chunks * c.HV,), args, c.constants("BT", "MERGE", "FLOOR") | groups_of(c, warps), warps, 1)
     stride = c.HV * c.K
     scaled = dataclasses.replace(c, q=reads, p=removes, k=writes, decays=decays, s_q=stride, s_p=stride, s_k=stride, H=c.HV)
     return scaled, inverse, scores, pairs

@@ -126,6 +126,10 @@ def chunk_states(
     store_tile(p_out, b_out * factor[:, None], length, HV * K, 0, 0, K, BT, BK, False)
 
 
+#: Warps of a block.
+WARPS = 8
+
+
 class Shares(NamedTuple):
     """What (18) leaves for `of_channels`, and what it finishes."""
 
@@ -141,7 +145,7 @@ class Shares(NamedTuple):
 
 def run_states(
     c: Call, do: torch.Tensor, s_do: int, pairs: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, states: torch.Tensor,
-    after: torch.Tensor, warps: int,
+    after: torch.Tensor,
 ) -> Shares:  # fmt: skip
     """(18), from the call as `run_channel` gives it."""
     assert c.p is not None and c.decays is not None, "of run_channel"
@@ -153,5 +157,5 @@ def run_states(
         c.SEG, c.HV,
     )  # fmt: skip
     constants = c.constants("V", "BT") | {"BV": min(64, c.same["BV"]), "STAGES": 1}
-    launch(chunk_states, (c.chunks * c.HV * 3,), args, constants, warps, 1)
+    launch(chunk_states, (c.chunks * c.HV * 3,), args, constants, WARPS if c.K > 32 else 4, 1)
     return out
