@@ -2,6 +2,7 @@
 
 Forward writes the inverses (with `scores` the scores too) and outputs: no w, no state but the last. Backward computes both again,
 passes over time once more for w and the states of all chunks, back in time for gradients of states, and then takes every chunk by itself.
+A gate per key channel becomes part of q and k before the passes, and of the gradients after them: neither pass knows it.
 With SEG, segments of sequences run in parallel: passes for what each makes of zero and of the identity, then their composition, exact.
 """
 

@@ -48,6 +48,10 @@ def recurrent_cost(p: Problem, config: Any, direction: Direction) -> float:
 #: rounding and a barrier before each), and the share of the matrix rate that products of 64 rows reach.
 CHUNK, SHARE = 2e-6, 0.3
 
+#: Untimed: float32 operations for each channel of a token that has its own gate, forward and further ones backward (160 and 300
+#: instructions as compiled for sm90, at half of their rate).
+CHANNEL, CHANNEL_BACK = 640, 1200
+
 
 def chunk_cost(p: Problem, config: Any, direction: Direction) -> float:
     """Inverses of all chunks, a pass over time (backward: two), and, backward, the gradients of all chunks."""
@@ -70,6 +74,9 @@ def chunk_cost(p: Problem, config: Any, direction: Direction) -> float:
     moved = every * size * ((2 + columns) * p.K / p.group + 2 * p.V + matrices)
     moved += direction.backward * every * size * (8 * p.K + 6 * p.V + 4 * p.K * p.V / config.BT + matrices)
     moved += 4.0 * p.BH * p.K * p.V * (int(p.initial_state) + int(p.final_state))
+    if p.flag("decay") == "channel":
+        pairs += every * p.K * (CHANNEL + direction.backward * CHANNEL_BACK) / p.device.vector_rate
+        moved += every * p.K * (7 * size + 4 + direction.backward * (14 * size + 8))
     launches = (4 if direction.backward else 2) + 3 * passes * (config.SEG > 0)
     return launches * LAUNCH + passes * -(-longest // config.BT) * step + composed + pairs + local + moved / p.device.bandwidth
 

@@ -66,7 +66,11 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
         plain = ((64, 32, 2, 2, True, 2), (64, 32, 2, 1, True, 2), (32, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
     elif K <= 128:
         few, many = (4, 8) if max(K, V) > 64 else (8, 4)  # warps of the gradients' chunks; two blocks of a unit either way
+        if p.flag("decay") == "channel":  # 16 channels for each warp
+            few, many = (8, 4) if K > 64 else (4, 8)
         tma = ((64, 64, 4, 3, True, few), (64, 64, 4, 3, True, many), (64, 64, 4, 2, True, few), (64, 64, 4, 2, False, few))
+        if p.flag("decay") == "channel":  # one more operand to stage, and scores are always there
+            tma = (*tma[:3], (64, 64, 4, 2, True, many))
         plain = ((64, 64, 4, 2, True, few), (64, 64, 4, 1, True, few), (32, 64, 4, 1, True, 4), (32, 32, 2, 1, True, 2))
         plain += ((16, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
     else:

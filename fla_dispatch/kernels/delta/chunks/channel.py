@@ -20,7 +20,17 @@ from ..._shared.launch import launch
 from .host import Call
 from .inverse import inverted
 from .levels import (
-    BLOCK, by_blocks, by_tokens, inner_decays, last_of, load_gates, of_level, offsets_of, on_diagonal, outer_decays, sum_blocks,
+    BLOCK,
+    by_blocks,
+    by_tokens,
+    inner_decays,
+    last_of,
+    load_gates,
+    of_level,
+    offsets_of,
+    on_diagonal,
+    outer_decays,
+    sum_blocks,
 )  # fmt: skip
 from .parts import chunk_span
 

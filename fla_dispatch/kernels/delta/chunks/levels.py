@@ -99,15 +99,3 @@ def on_diagonal(b_x, NB: tl.constexpr):
     o_b = tl.arange(0, NB)
     here = o_b[:, None, None, None] == o_b[None, None, :, None]
     return tl.reshape(tl.where(here, b_x[:, :, None, :], 0.0), [NB * BLOCK, NB * BLOCK])
-
-
-@triton.jit
-def from_tokens(b_x, GR: tl.constexpr, NB: tl.constexpr, CH: tl.constexpr):
-    """The tile of [NB * BLOCK, GR * CH]."""
-    return tl.permute(tl.reshape(b_x, [NB, BLOCK, GR, CH]), (2, 0, 3, 1))
-
-
-@triton.jit
-def from_blocks(b_x, GR: tl.constexpr, NB: tl.constexpr, CH: tl.constexpr):
-    """The tile of [NB, BLOCK, GR * CH]."""
-    return tl.permute(tl.reshape(b_x, [NB, BLOCK, GR, CH]), (2, 0, 3, 1))

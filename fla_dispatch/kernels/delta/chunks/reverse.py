@@ -6,7 +6,8 @@ the state after a chunk, which a block carries in registers,
     (13)  dw = (scale X)^T do + exp(G_end - G) k D,   dy = A^T dw,   dv = beta dy
           D <- exp(G_end) D + q^T (scale exp(G) do) - p^T (exp(E) dv)
 
-where dy is the gradient of what A multiplies in (12); with a gate per channel, as there, of (17). Stored are dy and D of each chunk, for the gradients that need no order.
+where dy is the gradient of what A multiplies in (12). Stored are dy and D of each chunk, for the gradients that need no order. A gate
+per channel is part of q, p and k as (17) has it, and decays the rows of D.
 """
 
 from __future__ import annotations
