@@ -50,6 +50,9 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     less shared memory, and for sm100, for which Triton 3.7 does not compile sums over accumulators of 64 rows that a loop adds to
     (gradients of gates). float32 has no matrix unit at full precision, and short chunks lose fewer digits: small tiles.
 
+    Gates per channel: their scores and inverses take 255 registers and 352 bytes of stack on 4 warps (8 warps: 440 to 792), their
+    gradients 176 bytes, at most two blocks of a unit.
+
     Segments in parallel where whole sequences leave half of the device idle and are long enough to be cut, as the default where they
     leave most of it idle (their passes are three times as much work). Transitions are composed in float32 registers, K <= 128.
     """
@@ -66,11 +69,7 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
         plain = ((64, 32, 2, 2, True, 2), (64, 32, 2, 1, True, 2), (32, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
     elif K <= 128:
         few, many = (4, 8) if max(K, V) > 64 else (8, 4)  # warps of the gradients' chunks; two blocks of a unit either way
-        if p.flag("decay") == "channel":  # 16 channels for each warp
-            few, many = (8, 4) if K > 64 else (4, 8)
         tma = ((64, 64, 4, 3, True, few), (64, 64, 4, 3, True, many), (64, 64, 4, 2, True, few), (64, 64, 4, 2, False, few))
-        if p.flag("decay") == "channel":  # one more operand to stage, and scores are always there
-            tma = (*tma[:3], (64, 64, 4, 2, True, many))
         plain = ((64, 64, 4, 2, True, few), (64, 64, 4, 1, True, few), (32, 64, 4, 1, True, 4), (32, 32, 2, 1, True, 2))
         plain += ((16, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
     else:
@@ -80,12 +79,17 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     found = [
         ChunkConfig(*x[:4], bool(i), *x[4:], tf32, BK=min(64, x[1])) for i, group in ((1, tma), (0, plain)) for x in group if rows or not i
     ]
+    channels = p.flag("decay") == "channel"
+    if channels:  # scores by way of memory; `parallel` is of their kernel, in which 8 warps run the inverse twice
+        found = list(dict.fromkeys(c._replace(scores=True, parallel=min(4, c.parallel)) for c in found))
     room = p.device.shared_bytes if p.device.is_gpu else 1 << 30
     fitting = [c for c in found if _shared_bytes(p, c) <= room] or found[-1:]
     if 100 <= p.device.arch_number < 120 and p.grad and p.flag("decay") == "token":
         fitting = [c for c in fitting if c.BT < 64 or c.parallel < 4] or fitting
     full = [c for c in fitting if c.BT == FULL]
     whole = tuple(full if len(full) > 1 else fitting)
+    if channels and K > 64 and whole[0].parallel == 4:
+        whole = (whole[0], whole[0]._replace(parallel=8), *whole[1:])
     blocks, length = p.BH * -(-p.V // whole[0].BV), tokens(p) / max(1, p.BH)
     if p.device.units < 2 * blocks or length < 1024 or K > 128 or room < 4 * (K * K + 2 * K * 16):  # of the composition
         return whole
