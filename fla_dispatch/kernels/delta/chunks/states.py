@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._shared.launch import launch
+from ..._shared.launch import launch, tile
 from ..._shared.tiles import load_tile, store_tile
 from .host import Call
 from .parts import chunk_span
@@ -126,10 +126,6 @@ def chunk_states(
     store_tile(p_out, b_out * factor[:, None], length, HV * K, 0, 0, K, BT, BK, False)
 
 
-#: Warps of a block.
-WARPS = 8
-
-
 class Shares(NamedTuple):
     """What (18) leaves for `of_channels`, and what it finishes."""
 
@@ -156,6 +152,9 @@ def run_states(
         c.p, c.v, do, c.beta, c.decays, pairs, w, dy, states, after, c.cu, c.offsets, *out, c.T, c.N, c.B * c.T, c.scale, c.s_v, s_do,
         c.SEG, c.HV,
     )  # fmt: skip
-    constants = c.constants("V", "BT") | {"BV": min(64, c.same["BV"]), "STAGES": 1}
-    launch(chunk_states, (c.chunks * c.HV * 3,), args, constants, WARPS if c.K > 32 else 4, 1)
+    half = c.q.element_size() == 2
+    wide = (128 if c.K <= 128 else 64) if half else 32  # all of a block's loads at once, two blocks of a unit
+    warps = 8 if c.K > 128 else 2 if half and min(tile(c.K), tile(c.V)) < 64 else 4  # narrow tiles: decision 0003
+    constants = c.constants("V", "BT") | {"BV": min(wide, tile(c.V)), "STAGES": 1}
+    launch(chunk_states, (c.chunks * c.HV * 3,), args, constants, warps, 1)
     return out
