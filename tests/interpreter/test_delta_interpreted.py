@@ -162,7 +162,7 @@ SEGMENTED = [
 ]
 
 
-@pytest.mark.parametrize(("op", "packed", "backward"), SEGMENTED)
+@pytest.mark.parametrize(("op", "packed", "backward"), [*SEGMENTED, ("kda", False, False)])
 def test_segments_are_proven(op: str, packed: bool, backward: bool) -> None:
     found = proof_of("chunk_triton", op, packed, backward, SEG=64)
     assert found.status == "ok", found.detail
