@@ -1,4 +1,4 @@
-"""Estimates from fitted times of one step of a block, for rooms whose kernels pass over time: the model that `python -m benchmarks.fit` fits.
+"""Estimates from fitted times of one step of a block, for rooms whose kernels pass over time; `python -m benchmarks.fit` fits them.
 
 A sweep is blocks times steps. A unit that runs b blocks needs max(alone, b * shared) microseconds for a step of each: the two
 numbers, how many blocks a unit holds, and what a unit needs for a chunk of kernels that take chunks in any order, are fitted per class
