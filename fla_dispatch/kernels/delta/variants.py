@@ -81,7 +81,7 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     blocks, length = p.BH * -(-p.V // whole[0].BV), tokens(p) / max(1, p.BH)
     if p.device.units < 2 * blocks or length < 1024 or K > 128 or room < 4 * (K * K + 2 * K * 64):  # two tiles of the composition
         return whole
-    cut = tuple(whole[0]._replace(SEG=SEG) for SEG in (1024, 512, 2048))
+    cut = tuple(whole[0]._replace(SEG=SEG) for SEG in (1024, 512, 2048) if length >= 2 * SEG)
     return (*cut, *whole) if p.device.units >= 8 * blocks and length >= 8192 else (*whole, *cut)
 
 
