@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from gluon_values import Int, Pointer, Tile, least, load, scan, small_product, store, where
+from triton.runtime.jit import KernelInterface
 
 from fla_dispatch.kernels._shared import launch as launching
 
@@ -28,61 +30,6 @@ class Schedule(NamedTuple):
     late: bool = False
     order: tuple[str, ...] = ()
     seed: int = 0
-
-
-# -- values ------------------------------------------------------------------------------------------------------------------
-
-
-class Int(int):
-    """A scalar of a kernel."""
-
-    def to(self, dtype: Any) -> Any:
-        return torch.tensor(float(self)) if dtype.is_floating_point else self
-
-
-def _wrapped(name: str) -> Any:
-    def method(self: Int, other: Any) -> Any:
-        found = getattr(int, name)(self, other) if isinstance(other, int) else NotImplemented
-        return Int(found) if type(found) is int else found
-
-    return method
-
-
-for _name in ("add", "sub", "mul", "mod", "floordiv", "and", "radd", "rsub", "rmul"):
-    setattr(Int, f"__{_name}__", _wrapped(f"__{_name}__"))
-
-
-def _scalar(x: Any) -> Any:
-    return Int(x) if isinstance(x, torch.Tensor) and x.dim() == 0 and not x.is_floating_point() else x
-
-
-class Pointer:
-    """A position in a tensor's memory, or a block of them."""
-
-    def __init__(self, memory: torch.Tensor, at: Any = 0) -> None:
-        self.memory, self.at = memory, at
-        self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
-
-    def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.memory, self.at + offset)
-
-    def __sub__(self, offset: Any) -> Pointer:
-        return Pointer(self.memory, self.at - offset)
-
-
-def _load(p: Pointer, mask: Any = None, other: float = 0.0) -> Any:
-    at = torch.as_tensor(p.at)
-    inside = torch.ones_like(at, dtype=torch.bool) if mask is None else torch.as_tensor(mask).expand_as(at)
-    assert bool(((at >= 0) & (at < p.memory.numel()) | ~inside).all()), "a load outside of its tensor"
-    found = p.memory[torch.where(inside, at, 0)]
-    return _scalar(torch.where(inside, found, torch.as_tensor(other, dtype=found.dtype)))
-
-
-def _store(p: Pointer, value: torch.Tensor, mask: Any = None) -> None:
-    at = torch.as_tensor(p.at)
-    inside = torch.ones_like(at, dtype=torch.bool) if mask is None else torch.as_tensor(mask).expand_as(at)
-    assert bool(((at >= 0) & (at < p.memory.numel()) | ~inside).all()), "a store outside of its tensor"
-    p.memory[at[inside]] = value.expand_as(at)[inside].to(p.memory.dtype)
 
 
 class Rows:
@@ -131,6 +78,9 @@ class Shared:
     def index(self, i: int) -> Shared:
         return Shared(self.block, self.data[int(i)])
 
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.block, self.data.narrow(dim, start, length))
+
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.block, self.data.permute(order))
 
@@ -142,7 +92,7 @@ class Shared:
 
     def load(self, layout: Any) -> torch.Tensor:
         self.block.now.reading = True
-        return self.data.clone()
+        return self.data.clone().as_subclass(Tile)
 
 
 class Product:
@@ -242,12 +192,14 @@ class Block:
         if self.stopped:
             raise _Stopped
 
-    def empty(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
+    def empty(self, dtype: torch.dtype, shape: list[int], layout: Any, value: torch.Tensor | None = None) -> Any:
         if dtype == torch.int64:
-            found = [Barrier() for _ in range(shape[0])]
-            return types.SimpleNamespace(index=lambda i: found[int(i)])
-        data = torch.zeros(shape, dtype=dtype)
-        return Shared(self, data.fill_(math.nan))
+            bars = [Barrier() for _ in range(shape[0])]
+            return types.SimpleNamespace(index=lambda i: bars[int(i)])
+        found = Shared(self, torch.full(shape, math.nan, dtype=dtype))
+        if value is not None:
+            found.store(value)
+        return found
 
     def fence(self) -> None:
         self.now.fenced = True
@@ -333,19 +285,22 @@ def _language(block: Block, program: int) -> dict[str, Any]:
 
     nvmma: Any = types.SimpleNamespace(get_default_for=lambda *args: layout(*args))
     gl = types.SimpleNamespace(
-        program_id=lambda axis: Int(program if axis == 0 else 0), load=_load, store=_store, maximum=lambda a, b: Int(max(a, b)),
-        minimum=lambda a, b: Int(min(a, b)), cdiv=lambda a, b: Int(-(-a // b)), exp2=torch.exp2, where=torch.where,
+        program_id=lambda axis: Int(program if axis == 0 else 0), load=load, store=store, maximum=lambda a, b: Int(max(a, b)),
+        minimum=least, cdiv=lambda a, b: Int(-(-a // b)), exp2=torch.exp2, where=where, cast=lambda x, dtype: x,
+        associative_scan=scan, expand_dims=lambda x, axis: x.unsqueeze(axis),
         sum=lambda x, axis: x.sum(axis), zeros=lambda shape, dtype, at: torch.zeros(shape, dtype=dtype),
         full=lambda shape, value, dtype, at: torch.full(shape, float(value), dtype=dtype), arange=lambda a, b, at: torch.arange(a, b),
         convert_layout=lambda x, at: x, static_range=range, allocate_shared_memory=block.empty, warp_specialize=block.specialize,
         float32=torch.float32, int64=torch.int64, int32=torch.int32, NVMMASharedLayout=nvmma, NVMMADistributedLayout=layout,
-        SliceLayout=layout, SwizzledSharedLayout=layout,
+        SliceLayout=layout, SwizzledSharedLayout=layout, DotOperandLayout=layout,
+        PaddedSharedLayout=types.SimpleNamespace(with_identity_for=layout),
     )  # fmt: skip
     bars: Any = types.SimpleNamespace(
         init=Barrier.init, expect=Barrier.expect, arrive=block.arrive, wait=block.wait, MBarrierLayout=nothing
     )
     return {
-        "gl": gl, "tma": types.SimpleNamespace(make_tensor_descriptor=Rows, store_wait=block.store_wait), "mbarrier": bars,
+        "gl": gl, "tl": gl, "mma_v2": small_product,
+        "tma": types.SimpleNamespace(make_tensor_descriptor=Rows, store_wait=block.store_wait), "mbarrier": bars,
         "barrier": block.meet, "fence_async_shared": block.fence, "copy_in": block.copy_in, "copy_out": block.copy_out,
         "warpgroup_mma": block.mma, "warpgroup_mma_wait": block.mma_wait,
     }  # fmt: skip
@@ -356,7 +311,7 @@ def _namespace(names: dict[str, Any], language: dict[str, Any], made: dict[int, 
     if id(names) not in made:
         found = made[id(names)] = dict(names)
         for name, x in names.items():
-            if hasattr(x, "is_gluon") and x.is_gluon():
+            if isinstance(x, KernelInterface):  # device functions of Gluon, and of Triton that these call
                 found[name] = types.FunctionType(x.fn.__code__, _namespace(x.fn.__globals__, language, made))
             elif type(x).__name__ == "constexpr":
                 found[name] = x.value

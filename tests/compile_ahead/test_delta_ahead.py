@@ -17,6 +17,7 @@ if settings.current.interpret:
 
 RECURRENCE = DELTA.recurrence
 VARIANTS = DELTA.variants("triton")
+GLUON = DELTA.variants("gluon")
 
 #: Between them: each decay, a key of its own read early, masked and full head dims, K != V, packing, states, grouping, float32.
 SHAPES = {
@@ -52,6 +53,19 @@ def test_other_configs(variant: str, arch: str) -> None:
         compile_and_fit(launches(SHAPES["gated_delta_128_states"], variant, config), arch)
 
 
+@pytest.mark.parametrize("name", ["gated_delta_128_states", "comba_96_80_pack"])
+def test_gluon_on_hopper(name: str) -> None:
+    """The inverses of each number of keys, with and without scores; the other kernels are chunk_triton's."""
+    key = problem(SHAPES[name], "sm90").key()
+    for variant in map(RECURRENCE.variant, GLUON):
+        assert not variant.static_refusals(key)
+        found = {config.scores: config for config in variant.configs(key)}
+        for config in found.values():
+            ours = [launch for launch in launches(SHAPES[name], variant.name, config) if launch.kernel.is_gluon()]
+            assert ours
+            compile_and_fit(ours, "sm90")
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_lengths_never_recompile(name: str, variant: str) -> None:
@@ -61,4 +75,4 @@ def test_lengths_never_recompile(name: str, variant: str) -> None:
 
 
 def test_every_kernel_is_in_the_matrix() -> None:
-    check_every_kernel(RECURRENCE, SHAPES, VARIANTS)
+    check_every_kernel(RECURRENCE, SHAPES, [*VARIANTS, *GLUON])

@@ -7,24 +7,37 @@ With SEG, segments of sequences run in parallel: passes for what each makes of z
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .._shared.launch import token_rows
 from .._shared.torch_math import sum_groups
 from .chunks.forward import run_forward
 from .chunks.gradients import run_gradients
-from .chunks.host import prepare
+from .chunks.host import Call, prepare
 from .chunks.inverse import run_inverse
 from .chunks.reverse import run_reverse
 from .chunks.segments import gradients_after, states_before, transitions_of
 from .configs import ChunkConfig
 from .recurrence import Gradients, Options, OutputGrads, Outputs, Residuals, Tensors, empty_outputs
 
+#: Inverses, with `scores` (True) scores, and cumulative gates of all chunks, as `inverse.run_inverse` says.
+Inverse = Callable[[Call, bool], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
+
 
 def forward(config: ChunkConfig, t: Tensors, o: Options) -> Outputs:
+    return forward_by(run_inverse, config, t, o)
+
+
+def backward(config: ChunkConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
+    return backward_by(run_inverse, config, residuals, grads, o, wanted)
+
+
+def forward_by(invert: Inverse, config: ChunkConfig, t: Tensors, o: Options) -> Outputs:
     out = Outputs(*empty_outputs(t, o))
     c, warps = prepare(t, o, config), config.warps
-    inverse, scores, gates = run_inverse(c, config.scores)
+    inverse, scores, gates = invert(c, config.scores)
     h0, state = c.h0, out.state if o.final_state else None
     if config.SEG:
         h0 = states_before(c, inverse, gates, transitions_of(c, inverse, gates, warps), warps, state)
@@ -33,13 +46,15 @@ def forward(config: ChunkConfig, t: Tensors, o: Options) -> Outputs:
     return out
 
 
-def backward(config: ChunkConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
+def backward_by(
+    invert: Inverse, config: ChunkConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]
+) -> Gradients:
     t = residuals.tensors
     c, warps = prepare(t, o, config), config.warps
     do, s_do = token_rows(torch.zeros_like(t.v) if grads.o is None else grads.o.to(t.v.dtype), config.tma)
     dS = None if grads.state is None else grads.state.contiguous()
     dh0 = None if c.h0 is None else torch.empty_like(c.h0)
-    inverse, scores, gates = run_inverse(c, True)
+    inverse, scores, gates = invert(c, True)
     assert scores is not None, "asked for"
     w, dy = (c.v.new_empty((c.B, c.T, c.HV, c.V)) for _ in range(2))
     states, after = (c.q.new_empty((c.chunks, c.HV, c.K, c.V)) for _ in range(2))

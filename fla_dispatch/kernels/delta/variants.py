@@ -8,10 +8,11 @@ from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package, Rule, Shared
 from .._shared.launch import tile
 from . import recurrence
 from .configs import ChunkConfig, RecurrentConfig, TorchConfig
-from .costs import chunk_cost, item_bytes, recurrent_cost, reference_cost, tokens, torch_cost
+from .costs import chunk_cost, gluon_cost, item_bytes, recurrent_cost, reference_cost, tokens, torch_cost
 from .workload import WORKLOAD
 
 HALF = ("bfloat16", "float16")
+FULL = 64  # tokens of a chunk that fills the rows of a matrix unit
 FLOAT = (*HALF, "float32")
 
 
@@ -63,10 +64,9 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     elif min(K, V) < 64:
         plain = ((64, 32, 2, 2, True, 2), (64, 32, 2, 1, True, 2), (32, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
     elif K <= 128:
-        tma = ((64, 64, 4, 2, True, 8), (64, 64, 4, 3, True, 8), (64, 64, 4, 2, False, 8), (64, 128, 8, 2, True, 8))
+        tma = ((64, 64, 4, 3, True, 8), (64, 64, 4, 2, True, 8), (64, 64, 4, 2, False, 8))
         plain = ((64, 64, 4, 2, True, 8), (64, 64, 4, 1, True, 8), (32, 64, 4, 1, True, 4), (32, 32, 2, 1, True, 2))
         plain += ((16, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
-        tma = tma if V >= 128 else tma[:3]
     else:
         tma = ((64, 64, 8, 2, True, 8), (64, 64, 8, 1, True, 8))
         plain = ((64, 64, 8, 1, True, 8), (32, 32, 2, 1, True, 2), (16, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
@@ -76,13 +76,26 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     fitting = [c for c in found if _shared_bytes(p, c) <= room] or found[-1:]
     if 100 <= p.device.arch_number < 120 and p.grad and p.flag("decay") == "token":
         fitting = [c for c in fitting if c.BT < 64 or c.parallel < 4] or fitting
-    full = [c for c in fitting if c.BT == 64]
+    full = [c for c in fitting if c.BT == FULL]
     whole = tuple(full if len(full) > 1 else fitting)
     blocks, length = p.BH * -(-p.V // whole[0].BV), tokens(p) / max(1, p.BH)
-    if p.device.units < 2 * blocks or length < 1024 or K > 128 or room < 4 * (K * K + 2 * K * 64):  # two tiles of the composition
+    if p.device.units < 2 * blocks or length < 1024 or K > 128 or room < 4 * (K * K + 2 * K * 16):  # of the composition
         return whole
     cut = tuple(whole[0]._replace(SEG=SEG) for SEG in (1024, 512, 2048) if length >= 2 * SEG)
     return (*cut, *whole) if p.device.units >= 8 * blocks and length >= 8192 else (*whole, *cut)
+
+
+def _gluon_configs(p: Problem) -> tuple[ChunkConfig, ...]:
+    return tuple(c for c in _chunk_configs(p) if c.BT == FULL)
+
+
+def _hopper(p: Problem) -> tuple[str, str, str] | None:
+    """The inverse speaks to the matrix units of sm90, and has no interpreter."""
+    if p.device.arch_number != 90:
+        return p.device.arch, "sm90", "use chunk_triton"
+    if p.interpret:
+        return "the interpreter", "a GPU", "use chunk_triton"
+    return None
 
 
 def _least_shared(p: Problem) -> int:
@@ -115,6 +128,14 @@ _CHUNK = (
 )  # fmt: skip
 
 VARIANTS = (
+    Variant(
+        "chunk_gluon", f"{__package__}.chunk_gluon",
+        (
+            Gpu(nvidia_min=90), Package("triton", (3, 6)), DTypes("qkv", HALF), *_CHUNK[3:],
+            Rule("Hopper", ("interpret", "device"), _hopper),
+        ),
+        gluon_cost, _gluon_configs, "chunk_triton with inverses by a kernel for Hopper",
+    ),
     Variant(
         "chunk_triton", f"{__package__}.chunk_triton", _CHUNK, chunk_cost, _chunk_configs,
         "inverses of all chunks at once, then one pass over time with the state in registers",

@@ -13,8 +13,8 @@ import triton.language as tl
 from ..._shared.launch import launch, tile
 from .host import Call
 
-#: Columns of the state of a block, and its warps.
-BV, WARPS = 64, 8
+#: Columns of the state of a block, as few as a product takes, for the steps of one block wait for each other; stages of M and L.
+BV, STAGES = 16, 2
 
 
 @triton.jit(do_not_specialize=["per_row", "HV"])
@@ -34,6 +34,7 @@ def compose_segments(
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
     MERGE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -57,7 +58,7 @@ def compose_segments(
     b_s = tl.zeros([BK, BV], tl.float32)
     if start is not None:
         b_s += tl.load(start + o_n + p_s, mask=m_s, other=0.0)
-    for i in range(0, count):
+    for i in tl.range(0, count, num_stages=STAGES):
         i_u = first + ((count - 1 - i) if REVERSE else i)
         o_u = (tl.cast(i_u, tl.int64) * HV + i_hv) * K
         tl.store(ends + o_u * V + p_s, b_s, mask=m_s)
@@ -74,8 +75,8 @@ def run_compose(
     """States before each segment [units, HV, K, V] (reverse: gradients of those after each); final is filled where given."""
     ends = torch.empty_like(local)
     narrow = min(BV, tile(c.V))
-    constants = c.constants("V", "MERGE") | {"BV": narrow, "REVERSE": reverse}
+    constants = c.constants("V", "MERGE") | {"BV": narrow, "REVERSE": reverse, "STAGES": STAGES}
     del constants["PRECISION"]
     args = (transitions, local, start, c.offsets, ends, final, -(-c.T // c.SEG), c.HV)
-    launch(compose_segments, (c.N * c.HV * -(-c.V // narrow),), args, constants, WARPS if c.K > 64 else 4, 1)
+    launch(compose_segments, (c.N * c.HV * -(-c.V // narrow),), args, constants, 8 if c.K > 64 else 4, STAGES)
     return ends
