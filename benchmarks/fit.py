@@ -72,7 +72,7 @@ def samples(model: Model, root: pathlib.Path | None, device: str, regime: str) -
             if regret.measured(o, 2) and o.timing is not None and o.variant in model.configs:
                 config = model.configs[o.variant](**(o.config or {}))
                 text = f"{hit.record.direction} {hit.record.key}"
-                found.append(Sample(i, text, key, o.variant, config, model.shape(key, config, backward), o.timing.median_us))
+                found.append(Sample(i, text, key, o.variant, config, model.shape(o.variant, key, config, backward), o.timing.median_us))
     return found
 
 

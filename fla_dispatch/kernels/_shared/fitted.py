@@ -165,14 +165,15 @@ class Work(NamedTuple):
 class Model:
     """What a room says of its fitted variants.
 
-    configs: their configs' types by name; shape, work: of a call under a config (p, config, backward); terms: names of the host's
-    constants, which add up (variant, p, config, backward); rough: a step by formula, which others of a like shape are scaled by.
+    configs: their configs' types by name; work: of a call under a config (p, config, backward); shape, and terms, names of the host's
+    constants, which add up: of a variant's too (variant, p, config, backward); rough: a step by formula, which others of a like shape
+    are scaled by.
     """
 
     recurrence: str
     file: Path
     configs: Mapping[str, Callable[..., Any]]
-    shape: Callable[[Problem, Any, bool], Shape]
+    shape: Callable[[str, Problem, Any, bool], Shape]
     work: Callable[[Problem, Any, bool], Work]
     terms: Callable[[str, Problem, Any, bool], tuple[str, ...]]
     rough: Callable[[Shape], Step]
@@ -255,7 +256,7 @@ class Constants:
 
     def numbers(self, variant: str, p: Problem, config: Any, backward: bool) -> Numbers:
         """What `micros` takes; on another architecture, steps are slower by what a unit's rates are."""
-        s = self.model.shape(p, config, backward)
+        s = self.model.shape(variant, p, config, backward)
         step, shared, slower = self.step(s), self.shared, _slower(p.device)
         return Numbers(
             host=self.issuing(self.model.terms(variant, p, config, backward)),

@@ -19,7 +19,7 @@ from .configs import ChunkConfig, RecurrentConfig
 #: Fields of configs that a Shape has of its own, or that say nothing of a step's time (tf32: every candidate of a Key has the same); and
 #: those that one direction alone reads.
 KNOWN = ("BT", "BV", "warps", "stages", "SEG", "tf32")
-ALONE = {"scores": False, "parallel": True}
+ALONE = {"scores": False, "parallel": True, "BK": True}
 
 #: Instructions for each number of the state in a token's step, and their rate on one unit, per microsecond.
 INSTRUCTIONS, RATE = 6, 128 * 1.7e3
@@ -32,10 +32,10 @@ def kind_of(p: Problem) -> str:
     return {"token": "gated", "channel": "channel"}.get(p.flag("decay") or "", "plain")
 
 
-def shape(p: Problem, config: Any, backward: bool) -> Shape:
-    """A config without BT goes token by token."""
+def shape(variant: str, p: Problem, config: Any, backward: bool) -> Shape:
+    """A config without BT goes token by token; a flag names the inverses of `chunk_gluon`."""
     rest = {n: x for n, x in config._asdict().items() if n not in KNOWN and ALONE.get(n, backward) == backward and x is not False}
-    flags = tuple(sorted(n if x is True else f"{n}={x}" for n, x in rest.items()))
+    flags = tuple(sorted([*["gluon"] * (variant == "chunk_gluon"), *(n if x is True else f"{n}={x}" for n, x in rest.items())]))
     BT, stages = (getattr(config, n, 0) for n in ("BT", "stages"))
     return Shape(max(tile(p.K), tile(p.V)), kind_of(p), backward, item_bytes(p) >= 4, BT, config.BV, config.warps, stages, flags)
 
@@ -48,7 +48,8 @@ def rough(s: Shape) -> Step:
         return Step(2.0 * slower, s.wide * s.BE * INSTRUCTIONS / RATE, 8)
     slower *= {128: 1.0, 256: 3.0}.get(s.wide, 0.7 * (min(s.wide, 64) / 64) ** 0.5) * (8 if s.full else 1)
     alone = (2.2 if s.backward else 1.9) * slower * (s.BT * s.BE / 4096) ** 0.5
-    return Step(alone, 0.7 * alone, 2, (15.0 if s.backward else 4.0) * slower * s.BT / 64)
+    inverse = 3.0 if "gluon" in s.flags else 6.0
+    return Step(alone, 0.7 * alone, 2, (inverse + (10.0 if s.backward else 0.0)) * slower * s.BT / 64)
 
 
 def terms(variant: str, p: Problem, config: Any, backward: bool) -> tuple[str, ...]:
@@ -85,16 +86,11 @@ def work(p: Problem, config: Any, backward: bool) -> Work:
 
 
 MODEL = Model(
-    "delta", Path(__file__).with_name("costs.json"), {"chunk_triton": ChunkConfig, "recurrent_triton": RecurrentConfig}, shape, work, terms,
-    rough,
+    "delta", Path(__file__).with_name("costs.json"),
+    {"chunk_triton": ChunkConfig, "chunk_gluon": ChunkConfig, "recurrent_triton": RecurrentConfig}, shape, work, terms, rough,
 )  # fmt: skip
 
-recurrent_cost, chunk_cost = MODEL.cost("recurrent_triton"), MODEL.cost("chunk_triton")
-
-
-def gluon_cost(p: Problem, config: Any, direction: Direction) -> float:
-    """An H200 took 70 to 140 us less for the inverses of 262,144 tokens times heads."""
-    return max(0.5 * chunk_cost(p, config, direction), chunk_cost(p, config, direction) - 3e-10 * tokens(p))
+recurrent_cost, chunk_cost, gluon_cost = map(MODEL.cost, ("recurrent_triton", "chunk_triton", "chunk_gluon"))
 
 
 def torch_cost(p: Problem, config: Any, direction: Direction) -> float:

@@ -26,8 +26,8 @@ def kind_of(p: Problem) -> str:
     return "weighted" if p.dtype("beta") else "gated"
 
 
-def shape(p: Problem, config: Any, backward: bool) -> Shape:
-    """Forward is one launch, whatever `split` says; a config without BT goes token by token."""
+def shape(variant: str, p: Problem, config: Any, backward: bool) -> Shape:
+    """The same for every variant. Forward is one launch, whatever `split` says; a config without BT goes token by token."""
     BT, stages, split, tma = (getattr(config, name, 0) for name in ("BT", "stages", "split", "tma"))
     wide = max(padded(p.K), padded(p.V))
     flags = ("split",) * bool(split and backward) + ("tma",) * bool(tma)
@@ -48,7 +48,7 @@ def rough(s: Shape) -> Step:
 
 def terms(variant: str, p: Problem, config: Any, backward: bool) -> tuple[str, ...]:
     """Names of the host's constants."""
-    direction, s = "backward" if backward else "forward", shape(p, config, backward)
+    direction, s = "backward" if backward else "forward", shape(variant, p, config, backward)
     found = [f"{variant} {s.kind} {direction}"]
     found += [f"split {direction}"] * ("split" in s.flags) + [f"tma {variant} {direction}"] * ("tma" in s.flags)
     return (*found, *[f"packed {variant}"] * p.packed, *[f"state {direction}"] * (p.initial_state or p.final_state))
