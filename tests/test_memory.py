@@ -98,7 +98,7 @@ def test_host_code_stays_within_the_bound(
             found[variant.name, config] = peak(call, tmp_path / "trace.json")
     assert len(found) > len(bound) and all(size <= bound[name] for (name, _), size in found.items()), (bound, found)
     for most in set(bound.values()):
-        assert max(size for (name, _), size in found.items() if bound[name] == most) > 0.8 * most, ("nothing comes near", bound, found)
+        assert max(size for (name, _), size in found.items() if bound[name] == most) > 0.75 * most, ("nothing comes near", bound, found)
 
 
 def test_the_bound_knows_the_shortest_segment_and_the_narrowest_tile() -> None:
