@@ -95,6 +95,8 @@ def _delta_chunks(op: str, x: Any) -> dict[str, int]:
     states: before and after each chunk, in the inputs' dtype (of as many chunks as segments hold), and with segments the transitions,
     states and gradients between them, in float32;
     rows: cumulated gates, float32 [B, T, HV];
+    channels: of gates per channel q, k and p as they are read, removed and written, a gradient of each, pairs and gradients of X and M of
+    each chunk, and in float32 decays of each chunk and their gradients;
     groups: with HV > H, dq, dk and dp for each value head, and one sum over groups, in float32; updates: what `_prepared` counts.
     """
     t, updates = _prepared(op, x)
@@ -104,19 +106,24 @@ def _delta_chunks(op: str, x: Any) -> dict[str, int]:
 
     N = B if t.cu is None else t.cu.shape[0] - 1
 
+    def units(segment: int) -> int:
+        return B * -(-T // segment) if t.cu is None else T // segment + N
+
     def states(segment: int) -> int:
-        units = B * -(-T // segment) if t.cu is None else T // segment + N
         between = 0 if segment == DELTA_CHUNK else (K * K + 2 * K * V) * FLOAT32
-        return units * HV * (segment // DELTA_CHUNK * 2 * K * V * size + between)
+        return units(segment) * HV * (segment // DELTA_CHUNK * 2 * K * V * size + between)
 
     length = length_bucket(T) if t.cu is None else min(length_bucket(T) / N, length_bucket(-(-T // N)))  # as a Key has it
+    segments = (DELTA_CHUNK, *(n for n in DELTA_SEGMENTS if length >= 2 * n))
+    channels, decays = t.g is not None and t.g.dim() == 4, max(units(n) * (n // DELTA_CHUNK) for n in segments) * HV
     return {
         "gradients": sum(map(_size, x.leaves().values())),
         "outputs": _size(t.v),
         "matrices": 2 * rows * DELTA_CHUNK * size,
         "errors": 2 * _size(t.v),
-        "states": max(map(states, (DELTA_CHUNK, *(n for n in DELTA_SEGMENTS if length >= 2 * n)))),
-        "rows": 0 if t.g is None else rows * FLOAT32,
+        "states": max(map(states, segments)),
+        "rows": 0 if t.g is None or channels else rows * FLOAT32,
+        "channels": channels * (rows * (6 * K + 3 * DELTA_CHUNK) * size + decays * 2 * K * FLOAT32),
         "groups": 0 if HV == H else (keys * HV + H) * B * T * K * FLOAT32,
         "updates": updates,
     }
