@@ -205,7 +205,7 @@ def planted(model: Model, op: str, to: Path) -> stores.Store:
 
 @pytest.mark.parametrize(("name", "op"), [("delta", "gated_delta"), ("scalar_decay", "retention")])
 def test_a_fit_finds_what_was_planted(name: str, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fitted anew from a store, estimates are near the planted times and choose well; before, they do not. The dispatcher has the new ones."""
+    """Fitted anew from a store, estimates are near the planted times and choose well; before, they do not."""
     model, root = fit.MODELS[name], tmp_path / "store"
     planted(model, op, root)
     monkeypatch.setattr("sys.argv", ["fit", "--root", str(root), "--out", str(tmp_path), "--rounds", "100", "--worst", "0"])
