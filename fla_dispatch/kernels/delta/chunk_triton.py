@@ -66,7 +66,7 @@ def backward_by(
         first = None
     run_forward(c, inverse, None, gates, warps, h0, w=w, states=states)
     run_reverse(c, do, s_do, inverse, scores, gates, dS, first, dy, after, warps)
-    found = run_gradients(c, do, s_do, scores, gates, w, dy, states, after, config.parallel)
+    found = run_gradients(c, do, s_do, gates, w, dy, states, after, config.parallel, config.BK)
     dq, dk, dp = (None if x is None else sum_groups(x, c.HV // c.H).to(c.q.dtype) for x in (found.dq, found.dk, found.dp))
     every = (dq, dk, found.dv, dp, found.dg, found.dbeta, dh0)
     return Gradients(*(x if want else None for x, want in zip(every, wanted, strict=True)))

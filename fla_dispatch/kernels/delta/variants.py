@@ -7,7 +7,7 @@ from ...registry import Recurrence, Variant
 from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package, Rule, SharedMemory
 from .._shared.launch import tile
 from . import recurrence
-from .configs import ChunkConfig, RecurrentConfig, TorchConfig
+from .configs import ChunkConfig, RecurrentConfig, TorchConfig, gradient_columns
 from .costs import chunk_cost, gluon_cost, item_bytes, recurrent_cost, reference_cost, tokens, torch_cost
 from .workload import WORKLOAD
 
@@ -33,8 +33,8 @@ def _shared_bytes(p: Problem, c: ChunkConfig) -> int:
     BV = min(c.BV, tile(p.V))
     staged = c.BT * (keys * BK + BV) + 2 * c.BT * c.BT
     sweep = c.stages * staged + BK * BV + c.BT * BV
-    narrow = min(BV, 64)
-    gradients = keys * c.BT * BK + 2 * BK * narrow + 2 * c.BT * narrow if p.grad else 0
+    rows, columns = gradient_columns(p.V, c.BT, BV, size), min(BK, c.BK)
+    gradients = 3 * c.BT * rows + keys * c.BT * columns + 2 * columns * rows + (4 * c.BT * c.BT if c.parallel > 4 else 0) if p.grad else 0
     return size * max(sweep, gradients) + 2048
 
 
@@ -44,10 +44,11 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
 
     Half precision: 64-token chunks fill the matrix unit's 64 rows. 64 columns of the state on 4 warps take 217 to 255 registers and no
     stack at K = 128 with X by way of memory; X in the sweep takes 72 bytes of stack and leaves shared memory for two blocks of a unit.
-    128 columns on 8 warps spill 80 to 312 bytes, and read q and k once. K = 256 wants 8 warps. Tiles narrower than 64 columns never
-    run on 4 warps: decision 0003. Shorter chunks are for devices with less shared memory, and for sm100, for which Triton 3.7
-    does not compile sums over accumulators of 64 rows that a loop adds to (gradients of gates). float32 has no matrix unit at full
-    precision, and short chunks lose fewer digits: small tiles.
+    128 columns on 8 warps spill 80 to 312 bytes, and read q and k once. K = 256 wants 8 warps. A chunk's gradients take 238 to 255
+    registers and at most 88 bytes of stack on 4 warps (184 with p), 127 (K = 64) or 214 (K = 128) and none on 8: two blocks of a unit
+    but on 8 warps at K = 128. Tiles narrower than 64 columns never run on 4 warps: decision 0003. Shorter chunks are for devices with
+    less shared memory, and for sm100, for which Triton 3.7 does not compile sums over accumulators of 64 rows that a loop adds to
+    (gradients of gates). float32 has no matrix unit at full precision, and short chunks lose fewer digits: small tiles.
 
     Segments in parallel where whole sequences leave half of the device idle and are long enough to be cut, as the default where they
     leave most of it idle (their passes are three times as much work). Transitions are composed in float32 registers, K <= 128.
@@ -64,14 +65,17 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     elif min(K, V) < 64:
         plain = ((64, 32, 2, 2, True, 2), (64, 32, 2, 1, True, 2), (32, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
     elif K <= 128:
-        tma = ((64, 64, 4, 3, True, 8), (64, 64, 4, 2, True, 8), (64, 64, 4, 2, False, 8))
-        plain = ((64, 64, 4, 2, True, 8), (64, 64, 4, 1, True, 8), (32, 64, 4, 1, True, 4), (32, 32, 2, 1, True, 2))
+        few, many = (4, 8) if max(K, V) > 64 else (8, 4)  # warps of the gradients' chunks; two blocks of a unit either way
+        tma = ((64, 64, 4, 3, True, few), (64, 64, 4, 3, True, many), (64, 64, 4, 2, True, few), (64, 64, 4, 2, False, few))
+        plain = ((64, 64, 4, 2, True, few), (64, 64, 4, 1, True, few), (32, 64, 4, 1, True, 4), (32, 32, 2, 1, True, 2))
         plain += ((16, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
     else:
         tma = ((64, 64, 8, 2, True, 8), (64, 64, 8, 1, True, 8))
         plain = ((64, 64, 8, 1, True, 8), (32, 32, 2, 1, True, 2), (16, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
     rows = all(d * item_bytes(p) % 16 == 0 for d in (p.K, p.V)) and (p.interpret or p.device.arch_number == 90)
-    found = [ChunkConfig(*x[:4], bool(i), *x[4:], tf32) for i, group in ((1, tma), (0, plain)) for x in group if rows or not i]
+    found = [
+        ChunkConfig(*x[:4], bool(i), *x[4:], tf32, BK=min(64, x[1])) for i, group in ((1, tma), (0, plain)) for x in group if rows or not i
+    ]
     room = p.device.shared_bytes if p.device.is_gpu else 1 << 30
     fitting = [c for c in found if _shared_bytes(p, c) <= room] or found[-1:]
     if 100 <= p.device.arch_number < 120 and p.grad and p.flag("decay") == "token":

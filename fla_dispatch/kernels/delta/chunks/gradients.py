@@ -4,12 +4,13 @@ Grid: (chunks * HV). With S before the chunk, D after it, w, dy and dv = beta dy
 
     (14)  dX = L scale (do w^T),   dM = -L' (dv w^T)                      (L: s <= t, L': s < t)
           dq = scale exp(G) (do S^T) + dX k,   dp = dM k - exp(E) (dv S^T),   dk = exp(G_end - G) (w D^T) + dX^T q + dM^T p
-          e = v - exp(E) p S - M w,   dbeta = dy . e
-    (15)  dG_t = sum_s (dX q k^T + dM p k^T)_ts - sum_s (...)_st + scale exp(G_t) do_t . q_t S - exp(E_t) dv_t . p_t S - z_t,
-          z_s = exp(G_end - G_s) k_s . D w_s,   dg_t = sum_{u >= t} dG_u + sum_s z_s + exp(G_end) <S, D>
+          dbeta = dy . (v - exp(E) p S - M w) = dy . v + p . dp / beta
+    (15)  dG_t = q_t . dq_t + p_t . dp_t - k_t . dk_t,   z_s = exp(G_end - G_s) k_s . D w_s,
+          dg_t = sum_{u >= t} dG_u + sum_s z_s + exp(G_end) <S, D>
 
-(early: p's terms of dG_t count from t - 1 on). Rows and columns of one matrix are summed, so what (15) should cancel does, whatever
-the rounding. Products with transposed factors are computed as such: no accumulator is transposed.
+(early: p's terms of dG_t count from t - 1 on). Pairs of tokens enter dq, dp and dk by one rounded matrix, so what (15) should cancel does,
+whatever the rounding. dp / beta is formed with 1 in place of a beta that is nearly 0. Products with transposed factors are computed as
+such: no accumulator is transposed. A block holds the rows of w, do and dy, and takes the columns of K tile by tile.
 """
 
 from __future__ import annotations
@@ -20,137 +21,137 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._shared.launch import launch
+from ..._shared.launch import launch, tile
 from ..._shared.tiles import load_tile, store_tile
+from ..configs import gradient_columns
 from .host import Call
 from .parts import between, chunk_gates, chunk_span
 
-
-@triton.jit
-def of_keys(
-    q, k, p, do, w, dy, S, D, b_G, b_E, b_last, b_beta, length, s_q, s_k, s_p, s_do, s_w, scale, dk, dp, s_dk,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dk and dp of (14) stored (dp None: as part of dk); z of (15) and <S, D>."""
-    o_t = tl.arange(0, BT)
-    o_k = tl.arange(0, BK)
-    b_z = tl.zeros([BT], tl.float32)
-    overlap = tl.zeros([BK], tl.float32)
-    b_wD = tl.zeros([BT, BK], tl.float32)
-    b_yS = tl.zeros([BT, BK], tl.float32)
-    b_dM = tl.zeros([BT, BT], tl.float32)
-    turned_X = tl.zeros([BT, BT], tl.float32)
-    turned_M = tl.zeros([BT, BT], tl.float32)
-    for i_v in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
-        p_s = o_k[:, None] * V + o_v[None, :]
-        b_w = load_tile(w, length, s_w, 0, i_v, V, BT, BV, False)
-        b_y = load_tile(dy, length, s_w, 0, i_v, V, BT, BV, False)
-        b_do = load_tile(do, length, s_do, 0, i_v, V, BT, BV, False)
-        b_S = tl.load(S + p_s, mask=m_s, other=0.0)
-        b_D = tl.load(D + p_s, mask=m_s, other=0.0)
-        b_wD = tl.dot(b_w, tl.trans(b_D), b_wD, input_precision=PRECISION)
-        b_yS = tl.dot(b_y, tl.trans(b_S), b_yS, input_precision=PRECISION)
-        b_dM = tl.dot(b_y, tl.trans(b_w), b_dM, input_precision=PRECISION)
-        turned_X = tl.dot(b_w, tl.trans(b_do), turned_X, input_precision=PRECISION)
-        turned_M = tl.dot(b_w, tl.trans(b_y), turned_M, input_precision=PRECISION)
-        if GATED:
-            overlap += tl.sum(b_S.to(tl.float32) * b_D.to(tl.float32), 1)
-    turned_M *= -b_beta[None, :]
-    b_dM *= -b_beta[:, None]
-    b_yS *= -b_beta[:, None]
-    turned_X *= scale
-    after, before = o_t[:, None] < o_t[None, :], o_t[:, None] > o_t[None, :]
-    b_k = load_tile(k, length, s_k, 0, 0, K, BT, BK, False)
-    if GATED:
-        b_wD *= tl.exp2(b_last - b_G)[:, None]
-        b_z = tl.sum(b_k.to(tl.float32) * b_wD, 1)
-        b_yS *= tl.exp2(b_E)[:, None]
-        turned_X *= between(b_G[None, :], b_G[:, None], o_t[:, None] <= o_t[None, :])
-        turned_M *= between(b_E[None, :], b_G[:, None], after)
-        b_dM *= between(b_E[:, None], b_G[None, :], before)
-    else:
-        turned_X = tl.where(o_t[:, None] <= o_t[None, :], turned_X, 0.0)
-        turned_M = tl.where(after, turned_M, 0.0)
-        b_dM = tl.where(before, b_dM, 0.0)
-    b_q = load_tile(q, length, s_q, 0, 0, K, BT, BK, False)
-    b_dp = tl.dot(b_dM.to(b_k.dtype), b_k, b_yS, input_precision=PRECISION)
-    b_dk = tl.dot(turned_X.to(b_k.dtype), b_q, b_wD, input_precision=PRECISION)
-    if p is not None:
-        b_k = load_tile(p, length, s_p, 0, 0, K, BT, BK, False)
-    b_dk = tl.dot(turned_M.to(b_k.dtype), b_k, b_dk, input_precision=PRECISION)
-    if dp is not None:
-        store_tile(dp, b_dp, length, s_dk, 0, 0, K, BT, BK, False)
-    else:
-        b_dk += b_dp
-    store_tile(dk, b_dk, length, s_dk, 0, 0, K, BT, BK, False)
-    return b_z, tl.sum(overlap, 0)
+#: Least |beta| that gradients of p are made with.
+SMALL = tl.constexpr(2.0**-8)
 
 
 @triton.jit
-def of_queries(
-    q, k, p, v, do, w, dy, S, x, b_G, b_E, b_beta, length, s_q, s_k, s_p, s_v, s_do, s_w, scale, dq, s_dq, dv,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dq and dv of (14) stored; dbeta, the rows of (15) for q and for p, and its columns."""
-    o_t = tl.arange(0, BT)
-    o_k = tl.arange(0, BK)
-    before, until = o_t[:, None] > o_t[None, :], o_t[:, None] >= o_t[None, :]
-    b_k = load_tile(k, length, s_k, 0, 0, K, BT, BK, False)
-    b_p = b_k if p is None else load_tile(p, length, s_p, 0, 0, K, BT, BK, False)
-    b_M = tl.dot(b_p, tl.trans(b_k), input_precision=PRECISION)
-    to_read = tl.full([BT], 1.0, tl.float32)
-    if GATED:
-        to_read = tl.exp2(b_E)
-        b_M *= between(b_E[:, None], b_G[None, :], before)
-    else:
-        b_M = tl.where(before, b_M, 0.0)
-    b_M = b_M.to(b_k.dtype)
-    b_dbeta = tl.zeros([BT], tl.float32)
-    of_p = tl.zeros([BT], tl.float32)
-    b_dq = tl.zeros([BT, BK], tl.float32)
-    b_dX = tl.zeros([BT, BT], tl.float32)
-    b_dM = tl.zeros([BT, BT], tl.float32)
-    for i_v in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
-        b_S = tl.load(S + o_k[:, None] * V + o_v[None, :], mask=m_s, other=0.0)
-        b_w = load_tile(w, length, s_w, 0, i_v, V, BT, BV, False)
-        b_y = load_tile(dy, length, s_w, 0, i_v, V, BT, BV, False)
-        b_do = load_tile(do, length, s_do, 0, i_v, V, BT, BV, False)
-        b_v = load_tile(v, length, s_v, 0, i_v, V, BT, BV, False).to(tl.float32)
-        b_e = tl.dot(b_p, b_S, input_precision=PRECISION) * to_read[:, None]
-        b_y32 = b_y.to(tl.float32)
+def state_tile(
+    state,  # [K, V]
+    i_k,
+    i_v,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Rows i_k and columns i_v of a state, [BK, BV]."""
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    return tl.load(state + o_k[:, None] * V + o_v[None, :], mask=(o_k < K)[:, None] & (o_v < V)[None, :], other=0.0)
+
+
+@triton.jit
+def pairs(
+    later,  # [BT, V] rows of the result
+    b_later,  # [BT, BV] of them where that is all, or None
+    earlier,  # [BT, V] its columns
+    b_earlier,  # [BT, BV] or None
+    b_factor,  # scalar, [BT, 1] or [1, BT]
+    b_to,  # [BT, 1] or [1, BT] cumulative decays of the token that comes later
+    b_from,  # [1, BT] or [BT, 1] and of the other
+    inside,  # [BT, BT]
+    turns,
+    length,
+    s_later,
+    s_earlier,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """factor (rows columns^T) decayed where `inside`, else 0: [BT, BT] as an operand.
+
+    turns: 1, which the compiler does not know: it would keep float32 accumulators, twice the registers, up to their use.
+    """
+    b_found = tl.zeros([BT, BT], later.dtype.element_ty)
+    for _ in tl.range(0, turns, num_stages=1):
+        b_x = tl.zeros([BT, BT], tl.float32)
+        for i_v in tl.static_range((V + BV - 1) // BV):
+            b_r = load_tile(later, length, s_later, 0, i_v, V, BT, BV, False) if b_later is None else b_later
+            b_c = load_tile(earlier, length, s_earlier, 0, i_v, V, BT, BV, False) if b_earlier is None else b_earlier
+            b_x = tl.dot(b_r, tl.trans(b_c), b_x, input_precision=PRECISION)
+        b_x *= b_factor
         if GATED:
-            of_p += tl.sum(b_y32 * b_e, 1)
-        b_e = b_v - b_e - tl.dot(b_M, b_w, input_precision=PRECISION)
-        b_dbeta += tl.sum(b_y32 * b_e, 1)
-        store_tile(dv, b_y32 * b_beta[:, None], length, s_w, 0, i_v, V, BT, BV, False)
-        b_dq = tl.dot(b_do, tl.trans(b_S), b_dq, input_precision=PRECISION)
-        b_dX = tl.dot(b_do, tl.trans(b_w), b_dX, input_precision=PRECISION)
-        if GATED:
-            b_dM = tl.dot(b_y, tl.trans(b_w), b_dM, input_precision=PRECISION)
-    of_q = tl.zeros([BT], tl.float32)
-    columns = tl.zeros([BT], tl.float32)
-    if GATED:
-        b_dq *= (scale * tl.exp2(b_G))[:, None]
-        b_q = load_tile(q, length, s_q, 0, 0, K, BT, BK, False)
-        b_x = load_tile(x, length, BT, 0, 0, BT, BT, BT, False)
-        b_X = b_dX * b_x.to(tl.float32)
-        b_M32 = -b_beta[:, None] * b_dM * b_M.to(tl.float32)
-        of_q = tl.sum(b_X, 1) + tl.sum(b_q.to(tl.float32) * b_dq, 1)
-        of_p = tl.sum(b_M32, 1) - b_beta * of_p
-        columns = tl.sum(b_X + b_M32, 0)
-        b_dX *= scale * between(b_G[:, None], b_G[None, :], until)
-    else:
-        b_dq *= scale
-        b_dX = tl.where(until, scale * b_dX, 0.0)
-    b_dq = tl.dot(b_dX.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-    store_tile(dq, b_dq, length, s_dq, 0, 0, K, BT, BK, False)
-    return b_dbeta, of_q, of_p, columns
+            b_x *= between(b_to, b_from, inside)
+        else:
+            b_x = tl.where(inside, b_x, 0.0)
+        b_found = b_x.to(later.dtype.element_ty)
+    return b_found
+
+
+@triton.jit
+def of_state(
+    rows,  # [BT, V]
+    b_rows,  # [BT, BV] of them where that is all, or None
+    state,  # [K, V]
+    b_state,  # [BK, BV] rows i_k of it where BV is all of V, or None
+    i_k,
+    length,
+    s_rows,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Columns i_k of rows state^T, [BT, BK]."""
+    b_x = tl.zeros([BT, BK], tl.float32)
+    for i_v in tl.static_range((V + BV - 1) // BV):
+        b_r = load_tile(rows, length, s_rows, 0, i_v, V, BT, BV, False) if b_rows is None else b_rows
+        b_s = state_tile(state, i_k, i_v, K, V, BK, BV) if b_state is None else b_state
+        b_x = tl.dot(b_r, tl.trans(b_s), b_x, input_precision=PRECISION)
+    return b_x
+
+
+@triton.jit
+def of_values(
+    v,  # [BT, V], token stride s_v
+    dy,  # [BT, V], token stride s_w
+    b_y,  # [BT, BV] of it where that is all, or None
+    dv,  # [BT, V], token stride s_w
+    b_beta,  # [BT]
+    length,
+    s_v,
+    s_w,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """dv stored; dy . v [BT]."""
+    b_yv = tl.zeros([BT], tl.float32)
+    for i_v in tl.static_range((V + BV - 1) // BV):
+        b_x = (load_tile(dy, length, s_w, 0, i_v, V, BT, BV, False) if b_y is None else b_y).to(tl.float32)
+        b_yv += tl.sum(b_x * load_tile(v, length, s_v, 0, i_v, V, BT, BV, False).to(tl.float32), 1)
+        store_tile(dv, b_x * b_beta[:, None], length, s_w, 0, i_v, V, BT, BV, False)
+    return b_yv
+
+
+@triton.jit
+def inner(
+    S,  # [K, V]
+    D,  # [K, V]
+    b_D,  # [BK, BV] rows i_k of it where BV is all of V, or None
+    i_k,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """<S, D> of rows i_k."""
+    total = 0.0
+    for i_v in tl.static_range((V + BV - 1) // BV):
+        b_x = (state_tile(D, i_k, i_v, K, V, BK, BV) if b_D is None else b_D).to(tl.float32)
+        total += tl.sum(b_x * state_tile(S, i_k, i_v, K, V, BK, BV).to(tl.float32))
+    return total
 
 
 @triton.jit(do_not_specialize=["T", "N", "total", "scale", "SEG", "H", "HV"])
@@ -162,7 +163,6 @@ def chunk_gradients(
     do,  # [B, T, HV, V], token stride s_do
     gates,  # [HV, B * T] cumulative log2 decays or None
     beta,  # [B, T, HV]
-    scores,  # [HV, B * T, BT] scale X
     w,  # [B, T, HV, V]
     dy,  # [B, T, HV, V]
     states,  # [chunks, HV, K, V] S before each chunk
@@ -195,7 +195,6 @@ def chunk_gradients(
     EARLY: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     i_c = tl.program_id(0) // HV
     i_hv = tl.program_id(0) % HV
@@ -217,19 +216,61 @@ def chunk_gradients(
     if GATED:
         b_G, b_E, last = chunk_gates(gates + i_hv * plane + begin, 0, length, BT, EARLY)
         b_G = tl.where(m_t, b_G, last)
-    b_z, overlap = of_keys(
-        p_q, p_k, p_p, p_do, w + row * V, dy + row * V, states + o_s, after + o_s, b_G, b_E, last, b_beta, length, s_q, s_k, s_p, s_do,
-        HV * V, scale, dk + row * K, None if dp is None else dp + row * K, HV * K,
-        K, V, BK, BV, BT, GATED, EARLY, PRECISION, STAGES,
-    )  # fmt: skip
-    b_dbeta, of_q, of_p, columns = of_queries(
-        p_q, p_k, p_p, v + begin * s_v + i_hv * V, p_do, w + row * V, dy + row * V, states + o_s, scores + (i_hv * plane + begin) * BT,
-        b_G, b_E, b_beta, length, s_q, s_k, s_p, s_v, s_do, HV * V, scale, dq + row * K, HV * K, dv + row * V,
-        K, V, BK, BV, BT, GATED, EARLY, PRECISION, STAGES,
-    )  # fmt: skip
-    tl.store(dbeta + p_t, b_dbeta.to(dbeta.dtype.element_ty), mask=m_t)
+    p_w, p_y, p_S, p_D, s_w = w + row * V, dy + row * V, states + o_s, after + o_s, HV * V
+    WHOLE: tl.constexpr = BV >= V
+    b_w = load_tile(p_w, length, s_w, 0, 0, V, BT, BV, False) if WHOLE else None
+    b_do = load_tile(p_do, length, s_do, 0, 0, V, BT, BV, False) if WHOLE else None
+    b_y = load_tile(p_y, length, s_w, 0, 0, V, BT, BV, False) if WHOLE else None
+    b_yv = of_values(v + begin * s_v + i_hv * V, p_y, b_y, dv + row * V, b_beta, length, s_v, s_w, V, BV, BT)
+    small = tl.abs(b_beta) < SMALL
+    b_factor, b_share = tl.where(small, 1.0, b_beta), tl.where(small, b_beta, 1.0)  # their product is beta
+    read_q, read_p, b_write = tl.zeros([BT], tl.float32) + scale, -b_factor, tl.full([BT], 1.0, tl.float32)
+    if GATED:
+        read_q, read_p, b_write = read_q * tl.exp2(b_G), read_p * tl.exp2(b_E), tl.exp2(last - b_G)
+    r, c, turns = o_t[:, None], o_t[None, :], 1 + (T >> 30)
+    turned_X = pairs(p_w, b_w, p_do, b_do, scale, b_G[None, :], b_G[:, None], r <= c, turns, length, s_w, s_do, V, BV, BT, GATED, PRECISION)
+    turned_M = pairs(
+        p_w, b_w, p_y, b_y, -b_beta[None, :], b_E[None, :], b_G[:, None], r < c, turns, length, s_w, s_w, V, BV, BT, GATED, PRECISION
+    )
+    b_X = pairs(p_do, b_do, p_w, b_w, scale, b_G[:, None], b_G[None, :], r >= c, turns, length, s_do, s_w, V, BV, BT, GATED, PRECISION)
+    b_M = pairs(
+        p_y, b_y, p_w, b_w, -b_factor[:, None], b_E[:, None], b_G[None, :], r > c, turns, length, s_w, s_w, V, BV, BT, GATED, PRECISION
+    )
+    of_q, of_p, of_k, b_z = (tl.zeros([BT], tl.float32),) * 4
+    overlap = 0.0
+    for i_k in tl.range(0, (K + BK - 1) // BK, num_stages=1, disable_licm=True):  # addresses kept over tiles would spill
+        b_k = load_tile(p_k, length, s_k, 0, i_k, K, BT, BK, False)
+        b_q = load_tile(p_q, length, s_q, 0, i_k, K, BT, BK, False)
+        b_p = b_k if p is None else load_tile(p_p, length, s_p, 0, i_k, K, BT, BK, False)
+        b_S = state_tile(p_S, i_k, 0, K, V, BK, BV) if WHOLE else None
+        b_dq = of_state(p_do, b_do, p_S, b_S, i_k, length, s_do, K, V, BK, BV, BT, PRECISION) * read_q[:, None]
+        b_dq = tl.dot(b_X, b_k, b_dq, input_precision=PRECISION)
+        if GATED:
+            of_q += tl.sum(b_q.to(tl.float32) * b_dq, 1)
+        store_tile(dq + row * K, b_dq, length, HV * K, 0, i_k, K, BT, BK, False)
+        b_D = state_tile(p_D, i_k, 0, K, V, BK, BV) if WHOLE else None
+        b_dk = of_state(p_w, b_w, p_D, b_D, i_k, length, s_w, K, V, BK, BV, BT, PRECISION)
+        if GATED:
+            b_dk *= b_write[:, None]
+            b_z += tl.sum(b_k.to(tl.float32) * b_dk, 1)
+            overlap += inner(p_S, p_D, b_D, i_k, K, V, BK, BV)
+        b_dk = tl.dot(turned_X, b_q, b_dk, input_precision=PRECISION)
+        b_dk = tl.dot(turned_M, b_p, b_dk, input_precision=PRECISION)
+        if GATED:
+            of_k += tl.sum(b_k.to(tl.float32) * b_dk, 1)
+        b_dp = of_state(p_y, b_y, p_S, b_S, i_k, length, s_w, K, V, BK, BV, BT, PRECISION) * read_p[:, None]
+        b_dp = tl.dot(b_M, b_k, b_dp, input_precision=PRECISION)
+        of_p += tl.sum(b_p.to(tl.float32) * b_dp, 1)
+        b_dp *= b_share[:, None]
+        if p is not None:
+            store_tile(dp + row * K, b_dp, length, HV * K, 0, i_k, K, BT, BK, False)
+        else:
+            b_dk += b_dp
+        store_tile(dk + row * K, b_dk, length, HV * K, 0, i_k, K, BT, BK, False)
+    tl.store(dbeta + p_t, (b_yv + of_p / b_factor).to(dbeta.dtype.element_ty), mask=m_t)
     if dg is not None:  # (15)
-        b_dG = of_q + of_p - columns - b_z
+        of_p *= b_share
+        b_dG = of_q + of_p - of_k
         whole = tl.exp2(last) * overlap + tl.sum(b_z, 0) + tl.sum(b_dG, 0)
         b_dg = whole - tl.cumsum(b_dG, 0) + b_dG
         if EARLY:
@@ -252,24 +293,27 @@ def run_gradients(
     c: Call,
     do: torch.Tensor,
     s_do: int,
-    scores: torch.Tensor,
     gates: torch.Tensor | None,
     w: torch.Tensor,
     dy: torch.Tensor,
     states: torch.Tensor,
     after: torch.Tensor,
     warps: int,
+    BK: int,
 ) -> Found:
-    """All gradients but that of h0."""
+    """All gradients but that of h0, by tiles of BK columns of K."""
     shared = c.q.dtype if c.HV == c.H else torch.float32
     dq, dk, dp = (c.q.new_empty((c.B, c.T, c.HV, c.K), dtype=shared) if want else None for want in (True, True, c.p is not None))
     assert dq is not None and dk is not None
     dg = None if c.g is None else torch.empty_like(c.g)
     out = Found(dq, dk, dp, c.v.new_empty((c.B, c.T, c.HV, c.V)), dg, torch.empty_like(c.beta))
     args = (
-        c.q, c.k, c.p, c.v, do, gates, c.beta, scores, w, dy, states, after, c.cu, c.offsets, *out, c.T, c.N, c.B * c.T, c.scale,
+        c.q, c.k, c.p, c.v, do, gates, c.beta, w, dy, states, after, c.cu, c.offsets, *out, c.T, c.N, c.B * c.T, c.scale,
         c.s_q, c.s_k, c.s_p, c.s_v, s_do, c.SEG, c.H, c.HV,
     )  # fmt: skip
-    constants = c.constants("V", "BT", "EARLY") | {"BV": min(64, c.same["BV"]), "STAGES": 1}
+    constants = c.constants("V", "BT", "EARLY") | {
+        "BV": gradient_columns(c.V, c.BT, c.same["BV"], c.q.element_size()),
+        "BK": min(BK, tile(c.K)),
+    }
     launch(chunk_gradients, (c.chunks * c.HV,), args, constants, warps, 1)
     return out
