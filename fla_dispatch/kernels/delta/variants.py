@@ -43,12 +43,13 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     (Triton 3.6).
 
     Half precision: 64-token chunks fill the matrix unit's 64 rows. 64 columns of the state on 4 warps take 217 to 255 registers and no
-    stack at K = 128 with X by way of memory; X in the sweep takes 72 bytes of stack. On an H200 three stages beat two (119 us against
-    155 at (4, 4096, 16, 128)) at K = 128, not at 64, where X in the sweep pays (8 % of forward at (8, 2048, 32, 64)); 128 columns on 8
-    warps take 350. K = 256 wants 8 warps. A chunk's gradients take 4 warps, with two blocks of a unit, 364 us there against 633 on 8
-    (341 against 457 at K = 64), in spite of 88 bytes of stack. Tiles narrower than 64 columns never run on 4 warps: decision 0003. Shorter chunks are for devices with
-    less shared memory, and for sm100, for which Triton 3.7 does not compile sums over accumulators of 64 rows that a loop adds to
-    (gradients of gates). float32 has no matrix unit at full precision, and short chunks lose fewer digits: small tiles.
+    stack at K = 128 with X by way of memory; X in the sweep takes 72 bytes of stack. On an H200 three stages beat two at K = 128 (119 us
+    against 155 at (4, 4096, 16, 128)), not at 64, where X in the sweep pays (8 % of forward at (8, 2048, 32, 64)); 128 columns on 8
+    warps take 350. K = 256 wants 8 warps. A chunk's gradients take 4 warps, with two blocks of a unit: 364 us there against 633 on 8
+    (341 against 457 at K = 64), in spite of 88 bytes of stack. Tiles narrower than 64 columns never run on 4 warps: decision 0003.
+    Shorter chunks are for devices with less shared memory, and for sm100, for which Triton 3.7 does not compile sums over accumulators
+    of 64 rows that a loop adds to (gradients of gates). float32 has no matrix unit at full precision, and short chunks lose fewer
+    digits: small tiles.
 
     Segments in parallel where whole sequences leave half of the device idle and are long enough to be cut, as the default where they
     leave most of it idle (their passes are three times as much work). Transitions are composed in float32 registers, K <= 128.
