@@ -95,7 +95,8 @@ def test_the_bound_knows_the_shortest_segment_and_the_narrowest_tile() -> None:
                 key = dataclasses.replace(ROOM.problem(low.tensors, low.options, True), device=hypothetical("sm90"))
                 configs = [config for variant in TRITON for config in variant.configs(key)]
                 assert all(
-                    getattr(c, "SEG", bounds.SEGMENT) >= bounds.SEGMENT and getattr(c, "BE", bounds.TILE) >= bounds.TILE for c in configs
+                    (getattr(c, "SEG", 0) or bounds.SEGMENT) >= bounds.SEGMENT and getattr(c, "BE", bounds.TILE) >= bounds.TILE
+                    for c in configs
                 )
 
 
