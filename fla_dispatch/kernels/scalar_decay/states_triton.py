@@ -55,7 +55,7 @@ def _states(
     """
     w = None if reverse else c.beta
     walk: dict[str, Any] = {"reverse": reverse, "SEG": config.SEG, "BT": config.BT, "units": s.units, "offsets": s.offsets, "stages": 2}
-    if whole:
+    if whole and c.T:  # of no tokens there is no walk: composing no segments passes states on
         return run_store(c, o, *b, *x, w, start, beside, final, warps=4, **walk)
     local = run_segments(c, o, *b, *x, w, None, exact=False, BE=64, warps=4, tma=False, **walk)
     ends, _ = compose(s, local, start, None, final, None, c.N, reverse=reverse)
