@@ -10,9 +10,10 @@ from typing import Any
 from fla_dispatch import registry
 from fla_dispatch.problem import length_bucket
 
-SEGMENT = 256  # tokens: the shortest segments that chunk_triton is offered; other variants keep no states
+SEGMENT = 256  # tokens: the shortest segments that chunk_triton and states_triton are offered; sweeps keep no states
 TILE = 16  # columns: the narrowest tile, for no operand of a matrix unit is smaller
 SEGMENT_STATES = 3  # of backward at its worst: before each segment, of each segment from zero in reverse, after each segment
+CHUNK = 64  # tokens: of the chunks whose states states_triton keeps, S and R, in the inputs' dtype
 DESCRIPTORS = 5 * 128  # bytes of the tensor descriptors that a block makes: a, b, c, o and the rows that o is multiplied with
 FLOAT32 = 4
 DELTA_CHUNK = 64  # tokens of the delta room's chunks
@@ -52,10 +53,11 @@ def _scalar_decay(op: str, x: Any) -> dict[str, int]:
 
     gradients: of every input; outputs: o, and with normalize r [B, T, HV], which are kept for backward;
     states: SEGMENT_STATES float32 arrays [units, HV, K, V] (and [.., K] and a decay), and the descriptors of the three gradients' blocks;
+    with them, where states_triton runs, two arrays [units * SEGMENT / CHUNK, HV, K, V] in the inputs' dtype;
     units are segments, of a pack as many as its tokens fill and one unfinished for each sequence;
     rows: float32 arrays [B, T, HV]. Gates: one cumulated, and a row sum for each tile of q . dq, of v . dv and, with a skip, of v . do.
-    normalize: u = -(do . o). mamba2's step size, which torch computes: three kept for backward (softplus's input and output, g) and six in
-    its backward (of g, of beta, the two shares and the sum of the step's gradient, the softplus's);
+    normalize: u = -(do . o). mamba2's step size where torch computes it: three kept for backward (softplus's input and output, g) and six
+    in its backward (of g, of beta, the two shares and the sum of the step's gradient, the softplus's);
     groups: with HV > H, dq and dk for each value head, and one sum over groups, in float32.
     """
     t, o = _call(op, x)
@@ -69,6 +71,8 @@ def _scalar_decay(op: str, x: Any) -> dict[str, int]:
     rows += 9 if t.beta is not None else 0
     units = B * -(-T // SEGMENT) if t.cu is None else T // SEGMENT + t.cu.shape[0] - 1
     state = SEGMENT_STATES * (K * V + K + 1) * FLOAT32 + 3 * max(tiles_k, tiles_v) * DESCRIPTORS
+    if not o.normalize and max(K, V) <= 128:  # one float32 array less while the second of them is written
+        state += K * V * (2 * (SEGMENT // CHUNK) * t.v.element_size() - FLOAT32)
     return {
         "gradients": sum(map(_size, x.leaves().values())),
         "outputs": _size(t.v) + (per_row if o.normalize else 0),

@@ -80,6 +80,22 @@ MODEL = Model(
 sweep_cost, chunk_cost, recurrent_cost = (MODEL.cost(f"{name}_triton") for name in ("sweep", "chunk", "recurrent"))
 
 
+def states_cost(p: Problem, config: Any, direction: Direction) -> float:
+    """Bytes at half the bandwidth until it is fitted: states are written and read once, tensors read again for them."""
+    passes, states = (10, 5) if direction.backward else (4, 2)
+    wide = passes * p.V + (2 if direction.backward else 1) * 2 * p.K / p.group
+    moved = item_bytes(p) * tokens(p) * (wide + states * p.K * p.V / config.BT)
+    waves = max(1.0, tokens(p) / config.BT / config.HEADS / (2 * p.device.units))
+    return UNTRIED * (moved / (0.5 * p.device.bandwidth) * -(-waves // 1) / waves + (10 if direction.backward else 5) * 1e-5)
+
+
+def parallel_cost(p: Problem, config: Any, direction: Direction) -> float:
+    """Launches, and waves of blocks that each wait for memory a few times; untimed so far."""
+    launches = 3 if direction.backward else 1
+    waves = -(-p.BH // config.HEADS // p.device.units)
+    return UNTRIED * launches * (2.5e-5 + waves * (config.tokens / 64) * (8e-6 + 2e-6 * config.HEADS))
+
+
 def gluon_cost(p: Problem, config: Any, direction: Direction) -> float:
     """As the sweep in Triton with descriptors, and a little more until it is fitted: it is tried, and not taken unmeasured."""
     return 1.1 * sweep_cost(p, SweepConfig(64, 64, 4, config.stages, split=True, tma=True), direction)
