@@ -9,7 +9,7 @@ from typing import Any
 from ...problem import Problem
 from ...registry import Direction
 from .._shared.cost import torch_seconds
-from .._shared.fitted import Model, Shape, Step, Work, item_bytes, rows_of, tokens
+from .._shared.fitted import UNTRIED, Model, Shape, Step, Work, item_bytes, rows_of, tokens
 from .._shared.launch import tile
 from .configs import RecurrentConfig, SegmentConfig, SweepConfig
 
