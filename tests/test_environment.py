@@ -286,11 +286,11 @@ def test_hashes_of_the_registered_variants() -> None:
     code = """
 import sys
 from fla_dispatch.tuning.hashing import module_hash
-names = ["sweep_triton", "sweep_gluon", "chunk_triton", "recurrent_triton", "chunk_torch", "reference"]
+names = ["sweep_triton", "sweep_gluon", "chunk_triton", "states_triton", "parallel_triton", "recurrent_triton", "chunk_torch", "reference"]
 print(*[module_hash(f"fla_dispatch.kernels.scalar_decay.{name}") for name in names])
 assert not {"torch", "triton"} & set(sys.modules)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.split()
     variants = registry.get_recurrence("scalar_decay").variants
     assert found == [kernel_hash(v) for v in variants if v.module.startswith("fla_dispatch.")]
-    assert len(set(found)) == len(found) == 6 and "unknown" not in found
+    assert len(set(found)) == len(found) == 8 and "unknown" not in found

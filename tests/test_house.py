@@ -30,6 +30,12 @@ KWARGS_ALLOWED = {
     "fla_dispatch/settings.py:override": "names of settings are the keywords; dataclasses.replace checks them",
 }
 
+#: Files that may hold an autograd.Function, each with its reason.
+AUTOGRAD = {
+    "fla_dispatch/dispatch/function.py": "the one of all recurrences",
+    "fla_dispatch/kernels/_shared/pair.py": "the one of maps around them that have kernels (decision 0010)",
+}
+
 #: Parameters of kernels that hold numbers, beside sizes (capitals), strides (s_), indices (i_) and constexprs.
 NUMBERS = {"scale", "eps", "low", "high", "length", "total", "rows", "per_row"}
 
@@ -124,11 +130,11 @@ def triton_in_kernels(file: File) -> Iterator[str]:
 
 
 def autograd_in_one_place(file: File) -> Iterator[str]:
-    if not file.in_package or file.path == PACKAGE + "dispatch/function.py":
+    if not file.in_package or file.path in AUTOGRAD:
         return
     for node in ast.walk(file.tree):
         if isinstance(node, ast.ClassDef) and any(re.fullmatch(r"(.*autograd\.)?Function", dotted(base)) for base in node.bases):
-            yield f"line {node.lineno}: class {node.name} is an autograd.Function; dispatch/function.py holds the one there is"
+            yield f"line {node.lineno}: class {node.name} is an autograd.Function; {' and '.join(AUTOGRAD)} hold those there are"
 
 
 def no_kwargs(file: File) -> Iterator[str]:

@@ -291,7 +291,7 @@ def test_what_does_not_fit_the_device_is_not_proven(store: Store, monkeypatch: p
             return Verdict("timeout", "planted") if job.site.variant == "chunk_triton" else 1024
 
     monkeypatch.setattr(search, "Crew", Instant)
-    tuner = Tuner(registry.get_recurrence("scalar_decay"), [real, dataclasses.replace(real, T=64)], device=CPU, store=store)
+    tuner = Tuner(registry.get_recurrence("scalar_decay"), [real, dataclasses.replace(real, T=64)], device=CPU, store=store, most=64)
     (group,) = tuner._groups(tuner._benches())
     tuner._submit(group)
     failed = tuner._compiled(group)

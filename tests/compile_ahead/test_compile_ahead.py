@@ -20,6 +20,7 @@ if settings.current.interpret:
 
 RECURRENCE = registry.get_recurrence("scalar_decay")
 VARIANTS = [v.name for v in RECURRENCE.variants if v.language == "triton"]
+PARTIAL = ("states_triton", "parallel_triton")  #: may refuse a shape: head dims, normaliser, lengths, packing
 GLUON = [v.name for v in RECURRENCE.variants if v.language == "gluon"]
 
 
@@ -34,12 +35,14 @@ SHAPES = {
     "linear_attn_256": Shape("linear_attn", 256, 256),
     "linear_attn_64_normalized": Shape("linear_attn", 64, 64, states=True, options=(("normalize", True),)),
     "mamba2_128_64": Shape("mamba2", 128, 64, H=1, HV=32),
+    "simple_gla_128_short": Shape("simple_gla", 128, 128, T=100, states=True),
+    "mamba2_128_64_short": Shape("mamba2", 128, 64, H=1, HV=32, T=100),
     "retention_64_float32": Shape("retention", 64, 64, dtype=torch.float32, states=True),
 }
 
 #: Shapes that repeat what another shape compiles, in another combination: on one architecture of each vendor only. The other
 #: shapes hold every kernel and every class of head dim, so they are compiled everywhere.
-COMBINATIONS = ("simple_gla_128_states", "simple_gla_96_pack", "mamba2_128_64")
+COMBINATIONS = ("simple_gla_128_states", "simple_gla_96_pack", "mamba2_128_64", "mamba2_128_64_short")
 FULL_ARCHS = ("sm90", "gfx942")
 MATRIX = [(name, arch) for name in SHAPES for arch in ARCHS if arch in FULL_ARCHS or name not in COMBINATIONS]
 
@@ -54,8 +57,14 @@ def test_default_configs(name: str, arch: str) -> None:
     key = problem(SHAPES[name], arch).key()
     for variant in map(RECURRENCE.variant, VARIANTS):
         refusals = variant.static_refusals(key)
-        assert not refusals, f"{variant.name} on {arch}: {[r.text() for r in refusals]}"
-        compile_and_fit(launches(SHAPES[name], variant.name, variant.configs(key)[0]), arch)
+        assert not refusals or variant.name in PARTIAL, f"{variant.name} on {arch}: {[r.text() for r in refusals]}"
+        if not refusals:
+            compile_and_fit(launches(SHAPES[name], variant.name, variant.configs(key)[0]), arch)
+
+
+@pytest.mark.parametrize(("variant", "least"), [("states_triton", 6), ("parallel_triton", 2)])
+def test_partial_variants_take_their_shapes(variant: str, least: int) -> None:
+    assert sum(not RECURRENCE.variant(variant).static_refusals(problem(shape, "sm90").key()) for shape in SHAPES.values()) >= least
 
 
 @pytest.mark.parametrize("name", [*SHAPES])
@@ -77,6 +86,8 @@ def test_other_configs(name: str, arch: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_lengths_never_recompile(name: str, variant: str) -> None:
+    if variant in PARTIAL and RECURRENCE.variant(variant).static_refusals(problem(SHAPES[name], "sm90").key()):
+        pytest.skip("refused")
     check_lengths(SHAPES[name], variant)
 
 

@@ -16,6 +16,7 @@ from steps import TRITON, Sizes, make_inputs, recurrence_of
 from fla_dispatch import registry, settings
 from fla_dispatch.device import hypothetical
 from fla_dispatch.kernels._shared import ahead
+from fla_dispatch.kernels._shared import launch as launching
 from fla_dispatch.kernels._shared.launch import Launch, record
 
 if settings.current.interpret:
@@ -115,6 +116,16 @@ def test_batches_never_recompile(name: str) -> None:
         found = launched(SHAPES[name], config, B, heads)
         assert found.grid != launched(SHAPES[name], config).grid
         assert ahead.launch_key(found) == expected
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_calls_find_their_kernel(name: str) -> None:
+    """None needs the compiler's own lookup, which takes longer than all the rest: no stride of a usual call is specialised on as 1."""
+    config = configs(SHAPES[name], "sm90")[0]
+    keys = {
+        launching._key(x.kernel, x.args, x.constants, x.warps, x.stages) for x in (launched(SHAPES[name], config, B) for B in (1, 2, 64))
+    }
+    assert len(keys) == 1 and None not in keys
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -23,13 +23,15 @@ def trials(p: Problem, config: Any, *, gated: bool, alone: bool) -> tuple[Trial,
     """One odd length over several chunks, one token, gates under stress, several segments, and more than one wave of blocks.
 
     The wave is repeated. gated: there are gates to put under stress; alone: a single token has gradients that are more than rounding.
-    A config with a field SEG cuts sequences into segments of so many tokens.
+    A config with a field SEG cuts sequences into segments of so many tokens; one with a field tokens takes none that are longer.
     """
     few, many = (1, 1) if p.BH // p.group == 1 else (3, 16)
     waves = 5 * p.device.units  # narrow blocks share a unit by up to eight, and have several tiles of V
-    segment = int(getattr(config, "SEG", 0))
+    segment, longest = int(getattr(config, "SEG", 0)), int(getattr(config, "tokens", 1 << 30))
 
     def trial(name: str, N: int, T: int, heads: int, regime: str = "mild", repeats: int = 1, pack: tuple[int, ...] = ()) -> Trial:
+        if longest < T:
+            T = longest - 3
         if p.packed:
             N, T = len(pack), sum(pack)
         sizes = dataclasses.replace(p, N=N, BH=N * heads * p.group, T=T, mean_length=-(-T // N) if p.packed else T)

@@ -40,15 +40,16 @@ def _shared_bytes(p: Problem, c: ChunkConfig) -> int:
 
 def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     """Configs that fit the device's shared memory, those with tensor descriptors first. Registers are those of the compiler for sm90
-    (Triton 3.6); nothing has been timed.
+    (Triton 3.6).
 
     Half precision: 64-token chunks fill the matrix unit's 64 rows. 64 columns of the state on 4 warps take 217 to 255 registers and no
-    stack at K = 128 with X by way of memory; X in the sweep takes 72 bytes of stack and leaves shared memory for two blocks of a unit.
-    128 columns on 8 warps spill 80 to 312 bytes, and read q and k once. K = 256 wants 8 warps. A chunk's gradients take 238 to 255
-    registers and at most 88 bytes of stack on 4 warps (184 with p), 127 (K = 64) or 214 (K = 128) and none on 8: two blocks of a unit
-    but on 8 warps at K = 128. Tiles narrower than 64 columns never run on 4 warps: decision 0003. Shorter chunks are for devices with
-    less shared memory, and for sm100, for which Triton 3.7 does not compile sums over accumulators of 64 rows that a loop adds to
-    (gradients of gates). float32 has no matrix unit at full precision, and short chunks lose fewer digits: small tiles.
+    stack at K = 128 with X by way of memory; X in the sweep takes 72 bytes of stack. On an H200 three stages beat two at K = 128 (119 us
+    against 155 at (4, 4096, 16, 128)), not at 64, where X in the sweep pays (8 % of forward at (8, 2048, 32, 64)); 128 columns on 8
+    warps take 350. K = 256 wants 8 warps. A chunk's gradients take 4 warps, with two blocks of a unit: 364 us there against 633 on 8
+    (341 against 457 at K = 64), in spite of 88 bytes of stack. Tiles narrower than 64 columns never run on 4 warps: decision 0003.
+    Shorter chunks are for devices with less shared memory, and for sm100, for which Triton 3.7 does not compile sums over accumulators
+    of 64 rows that a loop adds to (gradients of gates). float32 has no matrix unit at full precision, and short chunks lose fewer
+    digits: small tiles.
 
     Gates per channel: their scores and inverses take 255 registers and 352 bytes of stack on 4 warps (8 warps: 440 to 792), their
     gradients 176 bytes, at most two blocks of a unit.
@@ -68,9 +69,8 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     elif min(K, V) < 64:
         plain = ((64, 32, 2, 2, True, 2), (64, 32, 2, 1, True, 2), (32, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
     elif K <= 128:
-        few, many = (4, 8) if max(K, V) > 64 else (8, 4)  # warps of the gradients' chunks; two blocks of a unit either way
-        tma = ((64, 64, 4, 3, True, few), (64, 64, 4, 3, True, many), (64, 64, 4, 2, True, few), (64, 64, 4, 2, False, few))
-        plain = ((64, 64, 4, 2, True, few), (64, 64, 4, 1, True, few), (32, 64, 4, 1, True, 4), (32, 32, 2, 1, True, 2))
+        tma = ((64, 64, 4, 3, True, 4), (64, 64, 4, 2, True, 4), (64, 64, 4, 2, False, 4))
+        plain = ((64, 64, 4, 2, True, 4), (64, 64, 4, 1, True, 4), (32, 64, 4, 1, True, 4), (32, 32, 2, 1, True, 2))
         plain += ((16, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
     else:
         tma = ((64, 64, 8, 2, True, 8), (64, 64, 8, 1, True, 8))
@@ -93,7 +93,7 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     blocks, length = p.BH * -(-p.V // whole[0].BV), tokens(p) / max(1, p.BH)
     if p.device.units < 2 * blocks or length < 1024 or K > 128 or room < 4 * (K * K + 2 * K * 16):  # of the composition
         return whole
-    cut = tuple(whole[0]._replace(SEG=SEG) for SEG in (1024, 512, 2048))
+    cut = tuple(whole[0]._replace(SEG=SEG) for SEG in (2048, 1024, 512) if length >= 2 * SEG)
     return (*cut, *whole) if p.device.units >= 8 * blocks and length >= 8192 else (*whole, *cut)
 
 

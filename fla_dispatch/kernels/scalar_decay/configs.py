@@ -29,6 +29,27 @@ class SegmentConfig(NamedTuple):
     tma: bool = False
 
 
+class StatesConfig(NamedTuple):
+    """SEG: tokens per segment of the walk that stores states, one of `sequences.SEGMENTS`, or 0 for whole sequences of one length;
+    BT: tokens per chunk, 64 on four warps or 128 on eight; HEADS: value heads of a query head that one program takes; pipeline stages;
+    tma: tiles by tensor descriptors."""
+
+    SEG: int
+    BT: int
+    HEADS: int
+    stages: int
+    tma: bool = False
+
+
+class ParallelConfig(NamedTuple):
+    """tokens: of a block, which holds a whole sequence, 64 on four warps or 128 on eight; HEADS: value heads of a query head that one
+    program takes; pipeline stages of a block."""
+
+    tokens: int
+    HEADS: int
+    stages: int
+
+
 class GluonConfig(NamedTuple):
     """Stages of the copies; buffers of the rounded state. Chunks have 64 tokens, output tiles 64 columns."""
 

@@ -20,6 +20,7 @@ from ...errors import bad_call
 from ...registry import Lowering, Op
 from ...sequences import SeqInfo
 from .._shared.contract import Names, check_companion, check_flag, check_limits, check_packing, check_qkv, check_scale, check_state, shown
+from .._shared.pair import apply, fusable
 from .cases import example
 from .recurrence import Options, Tensors
 
@@ -192,6 +193,25 @@ def simple_gla(
     return _lower("simple_gla", q, k, v, g, "token", 0.0, scale, initial_state, output_final_state, cu_seqlens)
 
 
+def step_sizes(
+    dt: torch.Tensor,  # [B, T, H]
+    A: torch.Tensor,  # [H]
+    dt_bias: torch.Tensor | None,  # [H]
+    softplus: bool,
+    limits: tuple[float, float] | None,
+    wide: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """d and d A of mamba2 in torch."""
+    step = dt.to(wide)
+    if dt_bias is not None:
+        step = step + dt_bias.to(wide)
+    if softplus:
+        step = F.softplus(step)
+    if limits is not None:
+        step = step.clamp(*limits)
+    return step, step * A.to(wide)
+
+
 SSD = Names(q="C", k="B", v="x", H="G", HV="H", K="N", V="P")
 
 
@@ -246,27 +266,31 @@ def mamba2(
     if initial_state is not None:
         check_state("mamba2", "initial_state", initial_state, (batch, H, K, P), "[batch, H, N, P]", dtype, device, "x")
 
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    limits = (low, high) if high != math.inf or low > 0.0 or not dt_softplus else None
+
     def prepare(t: Tensors) -> Tensors:
         """dt stands in for the gate g = d A and the weight beta = d, [B, T, H]."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        step = t.g.to(wide)
-        if dt_bias is not None:
-            step = step + dt_bias.to(wide)
-        if dt_softplus:
-            step = F.softplus(step)
-        if high != math.inf or low > 0.0 or not dt_softplus:
-            step = step.clamp(low, high)
-        return Tensors(t.q, t.k, t.v, step * A.to(wide), step, t.skip, t.h0, t.z0, t.cu, t.host, t.segments)
+        if wide is torch.float32 and fusable(t.g, A, dt_bias):
+            from .ends import pairs
+
+            beta, g = apply(pairs.steps(dt_softplus, limits), t.g, A, dt_bias)
+        else:
+            beta, g = step_sizes(t.g, A, dt_bias, dt_softplus, limits, wide)
+        return Tensors(t.q, t.k, t.v, g, beta, t.skip, t.h0, t.z0, t.cu, t.host, t.segments)
 
     def finish(outputs: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A skip per channel and the gate, in float32."""
         y, state, _, _ = outputs
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        y = y.to(wide)
         if channels is not None:
-            y = y + x.to(wide) * channels.to(wide)
+            y = y.to(wide) + x.to(wide) * channels.to(wide)
         if z is not None:
-            y = y * F.silu(z.to(wide))
+            if wide is torch.float32 and fusable(y, z):
+                from .ends import pairs
+
+                (y,) = apply(pairs.gate(dtype), y, z)
+            else:
+                y = y.to(wide) * F.silu(z.to(wide))
         return y.to(dtype), state if output_final_state else None
 
     return Lowering(

@@ -8,8 +8,20 @@ from ...problem import Problem
 from ...registry import Recurrence, Variant
 from ...requirements import Dim, DTypes, Flag, Gpu, Lacks, Package, Rule, SharedMemory
 from . import recurrence
-from .configs import GluonConfig, RecurrentConfig, SegmentConfig, SweepConfig, TorchConfig
-from .costs import chunk_cost, gluon_cost, item_bytes, padded, recurrent_cost, reference_cost, sweep_cost, tokens, torch_cost
+from .configs import GluonConfig, ParallelConfig, RecurrentConfig, SegmentConfig, StatesConfig, SweepConfig, TorchConfig
+from .costs import (
+    chunk_cost,
+    gluon_cost,
+    item_bytes,
+    padded,
+    parallel_cost,
+    recurrent_cost,
+    reference_cost,
+    states_cost,
+    sweep_cost,
+    tokens,
+    torch_cost,
+)  # fmt: skip
 from .workload import WORKLOAD
 
 HALF = ("bfloat16", "float16")
@@ -73,6 +85,17 @@ def _least_shared(p: Problem) -> int:
     return _shared_bytes(p, SweepConfig(16, 16, 2, 1))
 
 
+def _states_bytes(p: Problem, BT: int, stages: int) -> int:
+    """Shared memory of one block of a chunk: v, do and a state in stages, q and k."""
+    K, V = padded(p.K), padded(p.V)
+    return item_bytes(p) * (stages * (2 * BT * V + K * V) + 2 * BT * K)
+
+
+def _states_shared(p: Problem) -> int:
+    """Shared memory of the smallest config."""
+    return _states_bytes(p, 64, 1)
+
+
 def _segment(p: Problem) -> int:
     """Tokens per segment: as long as leaves a block for every unit, between 256 and 2048; states cost less the longer."""
     columns = -(-p.V // 64)
@@ -90,6 +113,26 @@ def _chunk_configs(p: Problem) -> tuple[SegmentConfig, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def _states_configs(p: Problem) -> tuple[StatesConfig, ...]:
+    """Segments as for `chunk_triton`; few heads per program where chunks alone do not fill the device, else the more the fewer sums.
+
+    Chunks of 128 tokens have half the states, but their kernels fit the registers in half precision up to V = 64 alone.
+    """
+    segment, group = min(_segment(p), 512 if p.packed else 2048), p.group
+    if not p.packed and segment >= p.T:
+        segment = 0
+    chunks = tokens(p) / max(1, group) / 64
+    most = 1
+    while most < min(group, 32) and chunks * -(-group // (2 * most)) >= 4 * p.device.units:
+        most *= 2
+    heads = dict.fromkeys((most, max(1, most // 4), min(group, 4 * most)))
+    tma = _descriptors(p) and padded(p.K) == p.K and padded(p.V) == p.V
+    ways = ((64, 2), (64, 1)) if padded(p.V) > 64 or p.dtype("qkv") == "float32" else ((64, 2), (128, 2), (64, 1))
+    found = dict.fromkeys(StatesConfig(segment, BT, h, stages if h > 1 else 1, tma) for BT, stages in ways for h in heads)
+    room = p.device.shared_bytes if p.device.is_gpu else 1 << 30
+    return tuple(c for c in found if _states_bytes(p, c.BT, c.stages) <= room)
+
+
 def _gluon_configs(p: Problem) -> tuple[GluonConfig, ...]:
     """Configs that fit the device's shared memory. Stages hide the latency of memory; a second buffer lets the state run ahead."""
     wide, tile = max(64, padded(p.K), padded(p.V)), 64 * 64
@@ -105,6 +148,17 @@ def _gluon_configs(p: Problem) -> tuple[GluonConfig, ...]:
 
     found = tuple(GluonConfig(*c) for c in ((3, 2), (4, 1), (4, 2), (3, 1), (2, 2), (2, 1), (1, 1)))
     return tuple(c for c in found if fits(c))[:4] or found[-1:]
+
+
+def _parallel_configs(p: Problem) -> tuple[ParallelConfig, ...]:
+    """The shortest block that holds a sequence; several heads of a group in one program where programs are many without."""
+    heads = max(1, min(p.group, p.BH // (2 * p.device.units)))
+    return tuple(dict.fromkeys(ParallelConfig(64 if p.T <= 64 else 128, h, 1) for h in (heads, 1)))
+
+
+def _parallel_shared(p: Problem) -> int:
+    """Shared memory of one block of dk and dv: three tiles of 128 tokens at a time, and a state."""
+    return item_bytes(p) * (128 * (padded(p.K) + 2 * padded(p.V)) + padded(p.K) * padded(p.V))
 
 
 def _recurrent_configs(p: Problem) -> tuple[RecurrentConfig, ...]:
@@ -153,6 +207,18 @@ def _no_decay(p: Problem) -> tuple[str, str, str] | None:
     return None
 
 
+def _sums(p: Problem) -> tuple[str, str, str] | None:
+    """Triton 3.7 does not compile sums over both axes of a product for the memory of sm100's matrix units."""
+    if 100 <= p.device.arch_number < 120 and p.grad and p.flag("decay") == "token":
+        return f"gradients of gates on {p.device.arch}", "another device, or no gradients", "use sweep_triton"
+    return None
+
+
+_CHUNKS = (
+    Flag("normalize", ("false",)),
+    Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable),
+    Rule("gate gradients", ("device", "grad", "flags"), _sums),
+)
 _PRODUCTS = (*_TRITON, SharedMemory(_least_shared), Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable))
 
 VARIANTS = (
@@ -172,6 +238,22 @@ VARIANTS = (
     Variant(
         "chunk_triton", f"{__package__}.chunk_triton", _PRODUCTS, chunk_cost, _chunk_configs,
         "sequences in parallel segments with their own states: few heads, long sequences",
+    ),
+    Variant(
+        "states_triton", f"{__package__}.states_triton",
+        (
+            *_TRITON[:6], Dim("K", 1, 128), Dim("V", 1, 128), _TRITON[-1], SharedMemory(_states_shared), *_CHUNKS,
+        ),
+        states_cost, _states_configs,
+        "states of all chunks in memory, then all chunks in parallel: heads that share q and k; training with gates",
+    ),
+    Variant(
+        "parallel_triton", f"{__package__}.parallel_triton",
+        (
+            *_TRITON[:6], Dim("T", 1, 128), Dim("K", 1, 128), Dim("V", 1, 128), _TRITON[-1],
+            Lacks(("packed",)), SharedMemory(_parallel_shared), *_CHUNKS,
+        ),
+        parallel_cost, _parallel_configs, "a whole short sequence as one chunk: the fewest launches",
     ),
     Variant(
         "recurrent_triton", f"{__package__}.recurrent_triton", _TRITON, recurrent_cost, _recurrent_configs,

@@ -3,6 +3,9 @@
 Grid: (B * HV * tiles of V); the tile is the fastest index. With the normaliser a block takes all tiles of its head one after the
 other, because every tile reads z before one may write it. Nothing is allocated but the output, nothing waits for the device,
 and padding rows are found by the kernel: a captured graph serves whatever slots hold when it is replayed.
+
+The strides of g are arguments that no compiled code depends on: heads are 1 apart, which a compiler would take for a constant, and
+each call would go through Triton's own lookup.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from .recurrence import Options, Outputs, Tensors, head_decay, limited
 DECAYS = {"none": 0, "token": 2, "ssd": 3}
 
 
-@triton.jit(do_not_specialize=["scale", "low", "high", "H", "HV"])
+@triton.jit(do_not_specialize=["scale", "low", "high", "s_gb", "s_gh", "H", "HV"])
 def scalar_step(
     q,  # [B, H, K], strides s_qb, s_qh, 1
     k,  # [B, H, K], strides s_kb, s_kh, 1

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..._shared.launch import launch
+from .segments import Segments, SegmentStates
 
 
 @triton.jit(do_not_specialize=["per_row", "HV"])
@@ -80,3 +81,14 @@ def run_scan(
         4,
     )
     return before
+
+
+def compose(
+    s: Segments, local: SegmentStates, start: torch.Tensor | None, start_z: torch.Tensor | None,
+    final: torch.Tensor | None, final_z: torch.Tensor | None, N: int, *, reverse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """States and normalisers before each segment, from those that start at zero; the final ones go where they are wanted."""
+    scan = {"per_row": s.per_row, "N": N, "reverse": reverse}
+    before = run_scan(local.states, local.decays, start, s.offsets, final, **scan)
+    before_z = None if local.z is None else run_scan(local.z, local.decays, start_z, s.offsets, final_z, **scan)
+    return before, before_z

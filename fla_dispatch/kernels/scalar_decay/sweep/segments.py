@@ -6,13 +6,16 @@ Also writes each segment's total decay, for the composition of segments.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from ....sequences import SEGMENTS, segment_offsets
 from ..._shared.launch import launch
 from ..._shared.spans import unit_span
-from ..recurrence import Options
+from ..recurrence import Options, Tensors
 from .chunk_body import sweep_chunks
 from .host import Call, constants, padded, tiles
 
@@ -77,6 +80,23 @@ def segment_states(
         Z=(4 if REVERSE else 1) if NORMALIZE else 0, OUTPUT=False, EXACT=EXACT, TMA=TMA, PRECISION=PRECISION,
         STAGES=STAGES,
     )  # fmt: skip
+
+
+class Segments(NamedTuple):
+    """How the sequences of a call are cut."""
+
+    units: int  # segments in all; a bound for a pack
+    per_row: int  # segments per row of a dense batch
+    offsets: torch.Tensor | None  # [N + 1] cumulative segment counts of a pack
+
+
+def cut(c: Call, t: Tensors, SEG: int) -> Segments:
+    """The segments of SEG tokens, one of `sequences.SEGMENTS`."""
+    if t.cu is None:
+        per_row = -(-c.T // SEG)
+        return Segments(c.B * per_row, per_row, None)
+    offsets = segment_offsets(t.cu, SEG) if t.segments is None else t.segments[SEGMENTS.index(SEG)]
+    return Segments(c.T // SEG + c.N, 0, offsets)
 
 
 class SegmentStates:
