@@ -214,8 +214,16 @@ def _sums(p: Problem) -> tuple[str, str, str] | None:
     return None
 
 
+def _whole_tiles(p: Problem) -> tuple[str, str, str] | None:
+    """Narrower operands on these kernels' four warps gave wrong outputs on an H200 (decision 0003); in float32 they do not fit."""
+    if p.device.is_gpu and (min(p.K, p.V) <= 32 or p.dtype("qkv") == "float32"):
+        return f"head dims {p.K} and {p.V} of {p.dtype('qkv')}", "above 32, in half precision", "use sweep_triton"
+    return None
+
+
 _CHUNKS = (
     Flag("normalize", ("false",)),
+    Rule("whole tiles", ("device", "dtypes", "K", "V"), _whole_tiles),
     Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable),
     Rule("gate gradients", ("device", "grad", "flags"), _sums),
 )
