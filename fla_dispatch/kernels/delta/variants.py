@@ -51,8 +51,8 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     of 64 rows that a loop adds to (gradients of gates). float32 has no matrix unit at full precision, and short chunks lose fewer
     digits: small tiles.
 
-    Gates per channel: their scores and inverses take 255 registers and 352 bytes of stack on 4 warps (8 warps: 440 to 792), their
-    gradients 176 bytes, at most two blocks of a unit.
+    Gates per channel: their scores and inverses take 4 warps, 255 registers and 352 bytes of stack (on 8, which run the inverse twice,
+    1.5 to 1.7 times as long on an H200), their gradients 176 bytes, at most two blocks of a unit.
 
     Segments in parallel where whole sequences leave half of the device idle and are long enough to be cut, as the default where they
     leave most of it idle (their passes are three times as much work). Transitions are composed in float32 registers, K <= 128.
@@ -80,7 +80,7 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
         ChunkConfig(*x[:4], bool(i), *x[4:], tf32, BK=min(64, x[1])) for i, group in ((1, tma), (0, plain)) for x in group if rows or not i
     ]
     channels = p.flag("decay") == "channel"
-    if channels:  # scores by way of memory; `parallel` is of their kernel, in which 8 warps run the inverse twice
+    if channels:  # scores by way of memory; `parallel` is of their kernel
         found = list(dict.fromkeys(c._replace(scores=True, parallel=min(4, c.parallel)) for c in found))
     room = p.device.shared_bytes if p.device.is_gpu else 1 << 30
     fitting = [c for c in found if _shared_bytes(p, c) <= room] or found[-1:]
@@ -88,8 +88,6 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
         fitting = [c for c in fitting if c.BT < 64 or c.parallel < 4] or fitting
     full = [c for c in fitting if c.BT == FULL]
     whole = tuple(full if len(full) > 1 else fitting)
-    if channels and K > 64 and whole[0].parallel == 4:
-        whole = (whole[0], whole[0]._replace(parallel=8), *whole[1:])
     blocks, length = p.BH * -(-p.V // whole[0].BV), tokens(p) / max(1, p.BH)
     if p.device.units < 2 * blocks or length < 1024 or K > 128 or room < 4 * (K * K + 2 * K * 16):  # of the composition
         return whole
@@ -125,8 +123,7 @@ def _interpretable(p: Problem) -> tuple[str, str, str] | None:
 
 def _channels_of_keys(p: Problem) -> tuple[str, str, str] | None:
     """No op has gates per channel and a removal key of its own, or one that is read early; the chunks' kernels for them know none."""
-    flags = dict(p.flags)
-    if flags["decay"] == "channel" and (flags["early"] == "true" or flags["removal"] == "p"):
+    if p.flag("decay") == "channel" and (p.flag("early") == "true" or p.flag("removal") == "p"):
         return "gates per channel and a removal key of its own", "gates per head, or keys that remove", "use recurrent_triton"
     return None
 
