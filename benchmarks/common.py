@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import pathlib
 import platform
@@ -13,6 +14,27 @@ import torch
 import triton
 
 import fla_dispatch as fd
+from fla_dispatch import registry
+
+
+def op_of(label: str) -> str:
+    """The op of a label: the op alone, or with ` normalized` after it."""
+    return label.split()[0]
+
+
+def options_of(label: str) -> tuple[tuple[str, Any], ...]:
+    """Keyword arguments of the op that a label stands for."""
+    return (("normalize", True),) if label.endswith(" normalized") else ()
+
+
+def room_of(label: str) -> Any:
+    """The recurrence of a label's op."""
+    return registry.get_recurrence(registry.get_op(op_of(label)).recurrence)
+
+
+def cases_of(label: str) -> Any:
+    """The module of its room that makes inputs and knows what errors are relative to."""
+    return importlib.import_module(f"fla_dispatch.kernels.{room_of(label).name}.cases")
 
 
 def eager_ms(call: Callable[[], object], rep: int = 60) -> float:

@@ -26,7 +26,7 @@ from fla_dispatch import registry
 from fla_dispatch.device import profile
 from fla_dispatch.kernels._shared.token_cases import Sizes
 
-from .common import eager_ms, graph_ms, write
+from .common import cases_of, eager_ms, graph_ms, op_of, options_of, room_of, write
 
 
 class Job(NamedTuple):
@@ -44,18 +44,12 @@ class Job(NamedTuple):
         return (self.label, self.shape[3:], *self[2:])
 
 
-def room_of(label: str) -> Any:
-    return registry.get_recurrence(registry.get_op(label.split()[0]).recurrence)
-
-
 def call_of(label: str, shape: tuple[int, ...], device: str = "cuda") -> tuple[Any, Any]:
     """Tensors and options of the recurrence."""
     B, T, H, V = shape[:4]
-    op = label.split()[0]
-    cases: Any = importlib.import_module(f"fla_dispatch.kernels.{room_of(label).name}.cases")
-    options = (("normalize", True),) if "normalized" in label else ()
+    op = op_of(label)
     sizes = Sizes(B, T, 1 if op == "mamba2" else H, H, shape[-1], V)
-    made = cases.make_inputs(op, sizes, torch.bfloat16, device, options=options)
+    made = cases_of(label).make_inputs(op, sizes, torch.bfloat16, device, options=options_of(label))
     low = registry.get_op(op).contract(*made.args, **made.kwargs)
     return (low.tensors if low.prepare is None else low.prepare(low.tensors)), low.options
 

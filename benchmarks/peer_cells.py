@@ -1,8 +1,9 @@
 """What one cell of benchmarks.peers measures: one case with one library, in a process that may die without harm to the others.
 
 Libraries: ours (mode auto), ours_step (in decoding: the op that updates a pool of states in place), fla (flash-linear-attention's chunk
-op, or fused_recurrent in decoding) and PyTorch's causal SDPA with one backend, which computes another function (softmax) of tensors of
-the same shape.
+op, or fused_recurrent in decoding), flash_qla (FlashQLA's chunk op, gated_delta with head dims of 128 alone) and PyTorch's causal SDPA
+with one backend, which computes another function (softmax) of tensors of the same shape. All get the same tensors: keys of unit length,
+weights and log decays as the recurrence takes them, in float32, no transform inside.
 """
 
 from __future__ import annotations
@@ -23,22 +24,25 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import OutOfResources
 
 import fla_dispatch as fd
+from fla_dispatch.kernels._shared.step_cases import Inputs as StepInputs
 from fla_dispatch.kernels._shared.step_cases import make_slots
-from fla_dispatch.kernels.scalar_decay.cases import Inputs, Sizes, gradient_scales, make_inputs
+from fla_dispatch.kernels._shared.token_cases import Sizes
+from fla_dispatch.kernels.scalar_decay.cases import Inputs as Plain
 
 from .bounds import floor_bytes, training_bytes
-from .common import eager_ms, graph_ms
-from .scalar_decay import OPS
+from .common import cases_of, eager_ms, graph_ms, op_of, options_of, room_of
 
+Inputs = Any  # of a call, as its room has them: args, kwargs, leaves(), replaced()
 Call = Callable[[Inputs], Any]
 Found = tuple[str, Any]
 
 SDPA = {"sdpa_flash": "FLASH_ATTENTION", "sdpa_cudnn": "CUDNN_ATTENTION"}
+FLA_NAMES = {"delta": "delta_rule", "gated_delta": "gated_delta_rule"}  # where they are not ours
 SHORT, TINY = 300, 64  # tokens of the copies that errors and host times are taken on
 
 
 class Case(NamedTuple):
-    """A row: op as benchmarks.scalar_decay labels it, (B, T, H, D), and whether it is a step with states in and out.
+    """A row: a label of an op (`common.op_of`), (B, T, H, D), and whether it is a step with states in and out.
 
     state: K where it is not D, as mamba2's state size N; B and C of mamba2 have one group.
     """
@@ -62,14 +66,18 @@ class Case(NamedTuple):
         """Libraries beside ours that have the op; those of the step in place after what computes the same."""
         if self.op == "mamba2":
             return ()
-        return ("fla", "ours_step") if self.decode else ("fla", *SDPA)
+        if self.decode:
+            return ("fla", "ours_step")
+        if room_of(self.op).name == "scalar_decay":
+            return ("fla", *SDPA)
+        return ("fla", "flash_qla") if self.op == "gated_delta" and self.shape[3] == 128 else ("fla",)
 
     @property
     def promises(self) -> dict[str, Any]:
         """Bytes that the row is judged by: of the states, or the fewest that move and the most that training holds (MiB)."""
         if self.decode:
             return {"state_bytes": self.state_bytes}
-        op, x = self.op.split()[0], inputs_of(self, "meta")
+        op, x = op_of(self.op), inputs_of(self, "meta")
         held = {name: size / 2**20 for name, size in training_bytes(op, x).items()}
         return {"floor_bytes": floor_bytes(op, x), "bound_mib": sum(held.values()), "bound_parts_mib": held}
 
@@ -82,8 +90,8 @@ class Case(NamedTuple):
 
 def inputs_of(case: Case, device: str, tokens: int | None = None) -> Inputs:
     """The case's inputs, the same in every process; with tokens, their beginning."""
-    made = make_inputs(
-        case.op.split()[0], case.sizes, torch.bfloat16, device, initial_state=case.decode, final_state=case.decode, options=OPS[case.op]
+    made = cases_of(case.op).make_inputs(
+        op_of(case.op), case.sizes, torch.bfloat16, device, initial_state=case.decode, final_state=case.decode, options=options_of(case.op)
     )
     if tokens is not None and tokens < case.sizes.T:
         made = made.replaced({name: x[:, :tokens].contiguous() for name, x in made.leaves().items() if in_rows(x)})
@@ -100,13 +108,13 @@ def training(x: Inputs) -> Inputs:
     return x.replaced({name: y.detach().requires_grad_() for name, y in x.leaves().items()})
 
 
-def stepping(x: Inputs) -> Inputs:
+def stepping(x: Inputs) -> StepInputs:
     """A decoding call's inputs as its step takes them: no dimension of T, the states in a pool about twice as large, by slots."""
     state = x.kwargs["initial_state"]
     slots, S = make_slots(state.shape[0], False, state.device)
     pool = state.new_zeros((S, *state.shape[1:]))
     pool[slots] = state
-    return Inputs((*(y[:, 0].contiguous() for y in x.args), pool), {"slots": slots})
+    return StepInputs((*(y[:, 0].contiguous() for y in x.args), pool), {"slots": slots})
 
 
 # ---- libraries ----
@@ -119,19 +127,22 @@ def _sdpa(x: Inputs) -> tuple[torch.Tensor, None]:
 
 def op_name(name: str, case: Case) -> str:
     """Our op that a cell of ours runs."""
-    return case.op.split()[0] + ("_step" if name == "ours_step" else "")
+    return op_of(case.op) + ("_step" if name == "ours_step" else "")
 
 
 def library(name: str, case: Case) -> Call:
     """The call to measure. Raises what importing the library raises."""
-    op = case.op.split()[0]
     if name in ("ours", "ours_step"):
         handle = fd.op(op_name(name, case))
         return lambda x: handle(*x.args, **x.kwargs)
-    if name == "fla":
-        found = getattr(importlib.import_module(f"fla.ops.{op}"), ("fused_recurrent_" if case.decode else "chunk_") + op)
-        return lambda x: found(*x.args, **x.kwargs)
-    return _sdpa
+    if name in SDPA:
+        return _sdpa
+    op = FLA_NAMES.get(op_of(case.op), op_of(case.op))
+    module = importlib.import_module(f"fla.ops.{op}" if name == "fla" else name)
+    found = getattr(module, ("fused_recurrent_" if case.decode else "chunk_") + op)
+    like = inputs_of(case, "meta")
+    names = list(like.leaves())[3 : len(like.args)]  # by name what follows q, k and v: its order differs between functions
+    return lambda x: found(*x.args[:3], **dict(zip(names, x.args[3:], strict=True)), **x.kwargs)
 
 
 def scope(name: str) -> contextlib.AbstractContextManager[Any]:
@@ -250,7 +261,7 @@ def errors(name: str, call: Call, case: Case, device: str, backward: bool) -> di
     """
     x = inputs_of(case, device, SHORT)
     wide = x.replaced({leaf: (y[:2] if in_rows(y) else y).double() for leaf, y in x.leaves().items()})
-    reference = fd.op(case.op.split()[0], mode="reference")
+    reference = fd.op(op_of(case.op), mode="reference")
     outs: list[dict[str, torch.Tensor]] = []
     for function, given in ((lambda y: reference(*y.args, **y.kwargs), wide), (call, x)):
         given = training(given) if backward else given
@@ -272,7 +283,7 @@ def errors(name: str, call: Call, case: Case, device: str, backward: bool) -> di
     scales = {what: y.norm().item() for what, y in want.items()}
     if backward:
         grads = {what[1:]: y for what, y in want.items() if what.startswith("d")}
-        scales |= {f"d{leaf}": scale for leaf, scale in gradient_scales(case.op.split()[0], wide, grads).items()}
+        scales |= {f"d{leaf}": scale for leaf, scale in cases_of(case.op).gradient_scales(op_of(case.op), wide, grads).items()}
     return {what: (got[what] - y).norm().item() / scales[what] for what, y in want.items()}
 
 
@@ -292,7 +303,7 @@ def measure(name: str, case: Case, device: str, rep: int) -> Iterator[Found]:
     with scope(name):
         x, tiny = inputs_of(case, device), inputs_of(case, device, TINY)
         if name in SDPA:  # q, k and v alone, whatever op the shape is of
-            x, tiny = Inputs(x.args[:3], {}), Inputs(tiny.args[:3], {})
+            x, tiny = Plain(x.args[:3], {}), Plain(tiny.args[:3], {})
         if name == "ours_step":
             x = tiny = stepping(x)
         makers = {"forward": _forward} if case.decode else {"forward": _forward, "both": _both}

@@ -1,11 +1,11 @@
-"""Ours, FLA and PyTorch's SDPA in one run on the same inputs: eager and CUDA-graph time, memory, host time, error.
+"""Ours, FLA, FlashQLA and PyTorch's SDPA in one run on the same inputs: eager and CUDA-graph time, memory, host time, error.
 
-    FLA_FLASH_QLA=0 python -m benchmarks.peers --out results [--cases small] [--ops retention,simple_gla] [--seconds 420]
+    FLA_FLASH_QLA=0 python -m benchmarks.peers --out results [--cases delta] [--ops gated_delta,kda] [--seconds 420]
 
 Each (case, library) is a cell; peer_cells says what the libraries are. Cells run one after the other in a process of their own, which is
 started again when a cell breaks it or takes too long. Before that, parallel processes fill Triton's cache; FLA's autotuners then choose at
-exactly each case's shape, with 30 ms of samples for each config. SDPA is measured once for each shape. results/peers.json is written after
-every cell.
+exactly each case's shape, with 30 ms of samples for each config. SDPA is measured once for each shape. results/peers.json (of another set
+of cases than the scalar ones peers_SET.json) is written after every cell.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .common import copy_bandwidth, machine, write
 from .peer_cells import SDPA, Case, compile_case, describe, measure, still_there
 
 RETENTION_LENGTHS = (128, 512, 2048, 8192, 16384)
-ALL = (
+SCALAR = (
     Case("retention", (4, 4096, 16, 128)),
     Case("linear_attn normalized", (4, 4096, 16, 128)),
     Case("simple_gla", (4, 4096, 16, 128)),
@@ -35,6 +35,14 @@ ALL = (
     *(Case(op, (B, 1, 32, 128), decode=True) for op in ("retention", "simple_gla") for B in (256, 1)),
     *(Case("mamba2", (B, 16384 // B, 64, 64), state=128) for B in (1, 8)),
 )
+GATED_SHAPES = ((4, 4096, 16, 128), (8, 2048, 32, 128), (1, 8192, 32, 128), (1, 32768, 8, 128), (8, 2048, 32, 64))
+DELTA = (
+    *(Case("gated_delta", shape) for shape in GATED_SHAPES),
+    Case("gated_delta", (1, 64, 16, 128)),  # the host's time
+    *(Case(op, (4, 4096, 16, 128)) for op in ("delta", "kda", "comba")),
+    *(Case(op, (B, 1, 32, 128), decode=True) for op in ("gated_delta", "kda") for B in (256, 1)),
+)
+ALL = (*SCALAR, *DELTA)
 
 
 def smaller(case: Case) -> Case:
@@ -43,8 +51,10 @@ def smaller(case: Case) -> Case:
 
 
 CASES = {
+    "scalar": SCALAR,
+    "delta": DELTA,
     "all": ALL,
-    "small": (ALL[0], ALL[2], ALL[3], *(c for c in ALL if c.decode and c.shape[0] == 1), ALL[-2]),
+    "small": (SCALAR[0], SCALAR[2], SCALAR[3], SCALAR[-2], DELTA[0], DELTA[5], *(c for c in ALL if c.decode and c.shape[0] == 1)),
     "tiny": tuple(dict.fromkeys(map(smaller, ALL))),
 }
 SHARDS = 8
@@ -64,7 +74,7 @@ def cells(cases: list[Case]) -> list[tuple[Case, str]]:
 
 
 def compile_jobs(cases: list[Case]) -> list[tuple[str, Case, int, int]]:
-    """Ours each; FLA in shards, once for cases whose kernels are the same (lengths, constant decays)."""
+    """Ours and FlashQLA's each; FLA's in shards, once for cases whose kernels are the same (lengths, constant decays)."""
     fla: dict[Any, Case] = {}
     for case in cases:
         if "fla" not in case.peers:
@@ -74,7 +84,7 @@ def compile_jobs(cases: list[Case]) -> list[tuple[str, Case, int, int]]:
         fla.setdefault((op, case.decode, None if case.decode else B, H, D), case)
     jobs = [("fla", case, shard, SHARDS) for case in fla.values() for shard in range(1 if case.decode else SHARDS)]
     jobs = [(name, case, shard, 1 if case.decode else shards) for name, case, shard, shards in jobs]
-    return jobs + [(name, case, 0, 1) for case in cases for name in ("ours", *case.peers) if name.startswith("ours")]
+    return jobs + [(name, case, 0, 1) for case in cases for name in ("ours", *case.peers) if name != "fla" and name not in SDPA]
 
 
 def _compile(jobs: Any, device: str) -> None:
@@ -119,7 +129,7 @@ def compile_all(jobs: list[tuple[str, Case, int, int]], processes: int, device: 
 
 def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
-    for name in ("flash-linear-attention", "fla-core"):
+    for name in ("flash-linear-attention", "fla-core", "flash_qla", "tilelang"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -233,7 +243,7 @@ HEAD = f"{'case':40}{'library':12}" + "".join(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"))
-    parser.add_argument("--cases", choices=CASES, default="all", help="tiny: sizes for any CPU, to try the command")
+    parser.add_argument("--cases", choices=CASES, default="scalar", help="tiny: sizes for any CPU, to try the command")
     parser.add_argument("--ops", default="", help="only these ops, as the first column names them; default: all")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rep", type=int, default=60, help="milliseconds of repetition per timing")
@@ -243,6 +253,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=450, help="of the whole run; cells beyond are not reached")
     given = parser.parse_args()
     begin = time.monotonic()
+    name_of_results = "peers" if given.cases == "scalar" else f"peers_{given.cases}"
     os.environ.setdefault("FLA_FLASH_QLA", "0")
     os.environ["FLA_CACHE_RESULTS"] = "0"  # choices of the compiling processes must not be taken for measured ones
     ops = [op for op in given.ops.split(",") if op]
@@ -258,7 +269,7 @@ def main() -> None:
         cell = worker.ask((name, case), min(given.limit, left)) if left > 2 else {"problems": {"cell": "not reached"}}
         rows.append(judged(case, name, cell, facts.get("copy_bandwidth")))
         print(line(case, rows[-1]), flush=True)
-        write(given.out, "peers", **facts, seconds=time.monotonic() - begin, rows=rows)
+        write(given.out, name_of_results, **facts, seconds=time.monotonic() - begin, rows=rows)
     worker.stop()
 
 

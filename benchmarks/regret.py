@@ -61,11 +61,15 @@ def regret(record: Record, device: DeviceProfile) -> Regret | None:
     return Regret(ratio, record.direction, record.key, found.default, best, timed[best])
 
 
-def regrets(root: pathlib.Path | None = None, device: str = "sm90", regime: str = "eager") -> list[Regret]:
-    """Of all records below a directory (default: the shipped ones) that are of an architecture and regime."""
+def regrets(root: pathlib.Path | None = None, device: str = "sm90", regime: str = "eager", recurrence: str | None = None) -> list[Regret]:
+    """Of all records below a directory (default: the shipped ones) that are of an architecture and regime, and of a recurrence or any."""
     store = stores.Store(None, (), root or stores.SHIPPED)
     here = hypothetical(device)
-    found = [regret(hit.record, here) for hit in store.records() if hit.environment.regime == regime and f"@{device}?" in hit.record.key]
+    found = [
+        regret(hit.record, here)
+        for hit in store.records(recurrence=recurrence)
+        if hit.environment.regime == regime and f"@{device}?" in hit.record.key
+    ]
     return [r for r in found if r is not None]
 
 
@@ -87,7 +91,8 @@ def main() -> None:
     parser.add_argument("--regime", default="eager")
     given = parser.parse_args()
     rows = regrets(given.root, regime=given.regime)
-    print(summary(rows))
+    for name in sorted({r.key.partition("@")[0] for r in rows}):
+        print(name, summary([r for r in rows if r.key.startswith(f"{name}@")]))
     for r in sorted(rows, key=lambda r: -(r.ratio or 0))[: given.worst]:
         ratio = "untimed" if r.ratio is None else f"{r.ratio:.2f}"
         print(f"{ratio} {r.direction:8} {r.best_us:8.1f} us {r.key.split('?')[1]}\n     chose {r.chosen}\n     best  {r.best}")

@@ -21,25 +21,18 @@ import fla_dispatch as fd
 from fla_dispatch.kernels.scalar_decay.cases import Inputs, Sizes, make_inputs
 
 from .bounds import floor_bytes
-from .common import copy_bandwidth, eager_ms, graph_ms, machine, write
+from .common import copy_bandwidth, eager_ms, graph_ms, machine, op_of, options_of, write
 
 SHAPES = ((4, 4096, 16, 128), (8, 2048, 32, 64), (1, 32768, 8, 128))
-OPS: dict[str, tuple[tuple[str, Any], ...]] = {
-    "retention": (),
-    "lightning_attn": (),
-    "linear_attn": (),
-    "linear_attn normalized": (("normalize", True),),
-    "simple_gla": (),
-    "mamba2": (),
-}
+OPS = ("retention", "lightning_attn", "linear_attn", "linear_attn normalized", "simple_gla", "mamba2")
 VARIANTS = ("auto", "sweep_triton", "chunk_triton", "recurrent_triton", "chunk_torch")
 
 
 def inputs_of(label: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Inputs:
     B, T, H, D = shape
-    op = label.split()[0]
+    op = op_of(label)
     sizes = Sizes(B, T, 1 if op == "mamba2" else H, H, D, D)
-    found = make_inputs(op, sizes, dtype, "cuda", options=OPS[label])
+    found = make_inputs(op, sizes, dtype, "cuda", options=options_of(label))
     leaves = {name: x.detach().requires_grad_() for name, x in found.leaves().items()}
     return found.replaced(leaves)
 
@@ -48,7 +41,7 @@ def error(label: str, shape: tuple[int, ...], mode: str) -> float:
     """Relative error of the output against float64 (the reference) on the same sizes with 300 tokens."""
     B, _, H, D = shape
     short = inputs_of(label, (B, 300, H, D))
-    op = label.split()[0]
+    op = op_of(label)
     with torch.no_grad():
         o, _ = fd.op(op, mode=mode)(*short.args, **short.kwargs)
         wide = short.replaced({name: x.double() for name, x in short.leaves().items()})
@@ -57,7 +50,7 @@ def error(label: str, shape: tuple[int, ...], mode: str) -> float:
 
 
 def measure(label: str, shape: tuple[int, ...], mode: str, ceiling: float, rep: int = 60) -> dict[str, Any]:
-    op = fd.op(label.split()[0], mode=mode)
+    op = fd.op(op_of(label), mode=mode)
     found = inputs_of(label, shape)
     leaves = list(found.leaves().values())
     with torch.no_grad():
@@ -73,7 +66,7 @@ def measure(label: str, shape: tuple[int, ...], mode: str, ceiling: float, rep: 
     def both() -> object:
         return torch.autograd.grad(op(*found.args, **found.kwargs)[0], leaves, do)
 
-    fewest = [b / ceiling * 1e3 for b in floor_bytes(label.split()[0], found)]
+    fewest = [b / ceiling * 1e3 for b in floor_bytes(op_of(label), found)]
     row: dict[str, Any] = {"op": label, "shape": shape, "mode": mode, "error": error(label, shape, mode)}
     row["forward"] = {"variant": explained.forward[0], "config": explained.forward[1]}
     row["backward"] = {"variant": explained.backward[0], "config": explained.backward[1]}
@@ -88,7 +81,7 @@ def _warm(job: tuple[str, tuple[int, ...], str]) -> str:
     """Compile what a measurement will launch (into Triton's cache), in a process of its own."""
     label, shape, mode = job
     found = inputs_of(label, shape)
-    o, _ = fd.op(label.split()[0], mode=mode)(*found.args, **found.kwargs)
+    o, _ = fd.op(op_of(label), mode=mode)(*found.args, **found.kwargs)
     torch.autograd.grad(o, list(found.leaves().values()), torch.randn_like(o))
     torch.cuda.synchronize()
     return label

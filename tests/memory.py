@@ -6,10 +6,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fla_dispatch.kernels.scalar_decay.cases import OP_NAMES, Inputs, Sizes, make_inputs
+from benchmarks.common import cases_of
+from fla_dispatch.kernels._shared.token_cases import Sizes
+from fla_dispatch.kernels.delta.cases import OP_NAMES as DELTA
+from fla_dispatch.kernels.scalar_decay.cases import OP_NAMES as SCALAR_DECAY
 
-#: Ops with the options that change what is kept.
-WAYS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (*((op, ()) for op in OP_NAMES), ("linear_attn", (("normalize", True),)))
+#: Ops with the options that change what is kept, and value heads of a query head.
+WAYS: tuple[tuple[str, tuple[tuple[str, Any], ...], int], ...] = (
+    *((op, (), 1) for op in (*SCALAR_DECAY, *DELTA)),
+    ("linear_attn", (("normalize", True),), 1),
+    ("gated_delta", (), 2),
+    ("comba", (), 2),
+    *((op, (("raw", True),), 1) for op in ("gated_delta", "kda", "comba")),
+)
 
 
 class Layout(NamedTuple):
@@ -20,11 +29,11 @@ class Layout(NamedTuple):
     H: int
     lengths: tuple[int, ...] | None = None
 
-    def make(self, op: str, D: int, device: str, *, options: tuple[tuple[str, Any], ...] = ()) -> Inputs:
+    def make(self, op: str, D: int, device: str, *, options: tuple[tuple[str, Any], ...] = (), group: int = 1) -> Any:
         """bfloat16 inputs without states, wanting gradients."""
         ssd = op == "mamba2"
-        sizes = Sizes(self.B, self.T, 1 if ssd else self.H, self.H, 128 if ssd else D, D)
-        made = make_inputs(op, sizes, torch.bfloat16, device, options=options, lengths=self.lengths)
+        sizes = Sizes(self.B, self.T, 1 if ssd else self.H // group, self.H, 128 if ssd else D, D)
+        made = cases_of(op).make_inputs(op, sizes, torch.bfloat16, device, options=options, lengths=self.lengths)
         return made.replaced({name: x.detach().requires_grad_() for name, x in made.leaves().items()})
 
 

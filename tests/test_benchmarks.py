@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fla_dispatch as fd
 from benchmarks import first_call, peer_cells, peers, plot, tables
 
 LENGTHS = (128, 2048)
@@ -38,15 +41,41 @@ def test_cells_hold_sdpa_once_for_each_shape() -> None:
 def test_cells_of_steps_and_of_an_op_without_a_peer() -> None:
     found = peers.cells(list(peers.ALL))
     steps = [(case.op, case.shape[0]) for case, name in found if name == "ours_step"]
-    assert steps == [("retention", 256), ("retention", 1), ("simple_gla", 256), ("simple_gla", 1)]
+    assert steps == list(itertools.product(("retention", "simple_gla", "gated_delta", "kda"), (256, 1)))
     assert [name for case, name in found if case.decode and case.op == "retention"] == ["ours", "fla", "ours_step"] * 2
     assert {name for case, name in found if case.op == "mamba2"} == {"ours"}
     assert {case.op for case in peers.CASES["tiny"]} == {case.op for case in peers.ALL}
 
 
-def test_compile_jobs_of_ours_are_its_cells() -> None:
+def test_flash_qla_stands_beside_gated_delta_where_it_can() -> None:
+    found = peers.cells(list(peers.DELTA))
+    assert [name for case, name in found if case == peers.DELTA[0]] == ["ours", "fla", "flash_qla"]
+    fit = [case for case in peers.DELTA if case.op == "gated_delta" and not case.decode and case.shape[3] == 128]
+    assert [case for case, name in found if name == "flash_qla"] == fit and len(fit) == 5
+    assert not any(name in peer_cells.SDPA for _, name in found)
+
+
+def test_compile_jobs_of_all_but_fla_are_their_cells() -> None:
     jobs = [(case, name) for name, case, _, _ in peers.compile_jobs(list(peers.ALL)) if name != "fla"]
-    assert jobs == [(case, name) for case, name in peers.cells(list(peers.ALL)) if name.startswith("ours")]
+    compiled = ("ours", "ours_step", "flash_qla")
+    assert jobs == [(case, name) for case, name in peers.cells(list(peers.ALL)) if name in compiled]
+
+
+@pytest.mark.parametrize(("library", "function"), [("fla", "chunk"), ("fla", "fused_recurrent"), ("flash_qla", "chunk")])
+def test_libraries_get_each_argument_in_its_role(library: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted functions whose arguments stand in another order than ours."""
+
+    def planted(q: Any, k: Any, v: Any, g: Any = None, gk: Any = None, gv: Any = None, beta: Any = None, **other: Any) -> Any:
+        assert gk is None and gv is None
+        return fd.op("gated_delta", mode="chunk_torch")(q, k, v, g, beta, **other)
+
+    name = "flash_qla" if library == "flash_qla" else "fla.ops.gated_delta_rule"
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**{f"{function}_gated_delta_rule": planted}))
+    decode = function == "fused_recurrent"
+    case = next(c for c in peers.CASES["tiny"] if c.op == "gated_delta" and c.decode == decode)
+    found = peer_cells.errors(library, peer_cells.library(library, case), case, "cpu", not decode)
+    assert found.keys() == ({"o", "state"} if decode else {"o", "dq", "dk", "dv", "dg", "dbeta"})
+    assert all(error < 1e-2 for error in found.values()), found
 
 
 def test_rows_are_judged_by_the_fewest_bytes() -> None:
@@ -64,9 +93,18 @@ def test_rows_are_judged_by_the_fewest_bytes() -> None:
     assert peers.judged(step, "ours_step", {}, None)["state_bytes"] == 2 * 256 * 32 * 128 * 128 * 4
 
 
-def test_steps_take_the_states_of_the_decoding_call() -> None:
+def test_gated_delta_is_judged_by_the_fewest_bytes() -> None:
+    case = peers.DELTA[0]
+    x, rows = 4 * 4096 * 16 * 128 * 2, 4 * 4096 * 16 * 4  # g and beta are float32
+    row = peers.judged(case, "flash_qla", {"problems": {}}, 4e12)
+    assert row["floor_bytes"] == (4 * x + 2 * rows, 3 * (3 * x + 2 * rows) + 2 * x)
+    assert row["bound_mib"] == pytest.approx(sum(row["bound_parts_mib"].values())) and row["bound_parts_mib"]["outputs"] == x / 2**20
+
+
+@pytest.mark.parametrize("op", ["retention", "gated_delta", "kda"])
+def test_steps_take_the_states_of_the_decoding_call(op: str) -> None:
     """The pool's slots hold them, in the order of the rows; a step gives what the call gives."""
-    case = next(c for c in peers.CASES["tiny"] if c.decode)
+    case = next(c for c in peers.CASES["tiny"] if c.decode and c.op == op)
     x = peer_cells.inputs_of(case, "cpu")
     found = {name: peer_cells.errors(name, peer_cells.library(name, case), case, "cpu", False) for name in ("ours", "ours_step")}
     assert found["ours"].keys() == found["ours_step"].keys() == {"o", "state"}
@@ -78,11 +116,12 @@ def test_steps_take_the_states_of_the_decoding_call() -> None:
 
 def test_gradients_of_parameters_are_compared_too() -> None:
     """More rows than the two that are compared: A, D and the bias sum over rows."""
-    case = next(c for c in peers.CASES["tiny"] if c.op == "mamba2")
-    case = case._replace(shape=(3, *case.shape[1:]))
-    found = peer_cells.errors("ours", peer_cells.library("ours", case), case, "cpu", True)
-    assert found.keys() == {"o", "dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias"}
-    assert all(error < 2e-2 for error in found.values()), found
+    for op, leaves in (("mamba2", ("x", "dt", "A", "B", "C", "D", "dt_bias")), ("comba", ("q", "k", "v", "p", "g", "beta"))):
+        case = next(c for c in peers.CASES["tiny"] if c.op == op)
+        case = case._replace(shape=(3, *case.shape[1:]))
+        found = peer_cells.errors("ours", peer_cells.library("ours", case), case, "cpu", True)
+        assert found.keys() == {"o", *(f"d{leaf}" for leaf in leaves)}
+        assert all(error < 2e-2 for error in found.values()), found
 
 
 def test_compile_jobs_take_cases_with_the_same_kernels_once() -> None:
@@ -92,6 +131,7 @@ def test_compile_jobs_take_cases_with_the_same_kernels_once() -> None:
         [
             ("retention", (4, 4096, 16, 128)), ("linear_attn normalized", (4, 4096, 16, 128)), ("simple_gla", (4, 4096, 16, 128)),
             ("retention", (8, 128, 32, 128)), ("retention", (1, 32768, 8, 128)), ("retention", (8, 2048, 32, 64)),
+            *((case.op, case.shape) for case in peers.DELTA if not case.decode),
         ]
     )  # fmt: skip
 

@@ -85,7 +85,10 @@ def test_stress(variant: str, name: str) -> None:
 
 
 #: Chunks in a row with operands in half precision, for gates of each kind and every kind of key.
-LONG = ("delta-repeated", "delta-alternating", "delta-doubled", "gated_delta-strong_gates", "gated_delta-raw_saturated", "comba-repeated")
+LONG = (
+    "delta-repeated", "delta-alternating", "delta-doubled", "gated_delta-strong_gates", "gated_delta-raw_saturated", "comba-repeated",
+    "kda-repeated", "kda-mixed_gates",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -150,8 +153,16 @@ def test_configs_are_proven(variant: str, op: str, packed: bool, backward: bool)
     assert found.status == "ok", found.detail
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize(("op", "packed"), [("gated_delta", False), ("comba", True)])
+SEGMENTED = [
+    ("gated_delta", False, False),
+    ("gated_delta", False, True),
+    ("comba", True, False),
+    ("comba", True, True),
+    ("kda", False, False),
+]
+
+
+@pytest.mark.parametrize(("op", "packed", "backward"), [*SEGMENTED, ("kda", False, False)])
 def test_segments_are_proven(op: str, packed: bool, backward: bool) -> None:
     found = proof_of("chunk_triton", op, packed, backward, SEG=64)
     assert found.status == "ok", found.detail

@@ -24,7 +24,7 @@ Gradients, with D_t the gradient of S_t that comes from later than (4), going ba
 
 (early: dp_t = -S_{t-1} dv_t, D_{t-1} = Diag(a_t) D_t - p_t dv_t^T, and p_t dp_t belongs to dG_{t-1}). With w stored, dk and dv need no
 state, and with dv stored, dq and dp no gradient of one: forward in time for w, back in time for dk and dv, forward again for dq and dp,
-and no state is ever stored. Kernels over chunks have (11) to (15) of their own (`chunks/`).
+and no state is ever stored. Kernels over chunks have (11) to (20) of their own (`chunks/`), those of transforms (21) to (24) (`raw/`).
 
 Every exponent is a sum of gates between two tokens in the order of time, and so not positive (gates are <= 0). For channels, whose
 exponentials are part of the products of (5), a sub-chunk's rows are anchored at the G before it (`pairs.py`). -inf is a legal gate and

@@ -2,6 +2,7 @@
 
 Forward writes the inverses (with `scores` the scores too) and outputs: no w, no state but the last. Backward computes both again,
 passes over time once more for w and the states of all chunks, back in time for gradients of states, and then takes every chunk by itself.
+A gate per key channel becomes part of q and k before the passes, and of the gradients after them: neither pass knows it.
 With SEG, segments of sequences run in parallel: passes for what each makes of zero and of the identity, then their composition, exact.
 """
 
@@ -13,12 +14,15 @@ import torch
 
 from .._shared.launch import token_rows
 from .._shared.torch_math import sum_groups
+from .chunks.channel import run_channel
+from .chunks.channels import run_channels
 from .chunks.forward import run_forward
 from .chunks.gradients import run_gradients
 from .chunks.host import Call, prepare
 from .chunks.inverse import run_inverse
 from .chunks.reverse import run_reverse
 from .chunks.segments import gradients_after, states_before, transitions_of
+from .chunks.states import run_states
 from .configs import ChunkConfig
 from .recurrence import Gradients, Options, OutputGrads, Outputs, Residuals, Tensors, empty_outputs
 
@@ -37,7 +41,11 @@ def backward(config: ChunkConfig, residuals: Residuals, grads: OutputGrads, o: O
 def forward_by(invert: Inverse, config: ChunkConfig, t: Tensors, o: Options) -> Outputs:
     out = Outputs(*empty_outputs(t, o))
     c, warps = prepare(t, o, config), config.warps
-    inverse, scores, gates = invert(c, config.scores)
+    if o.decay == "channel":
+        c, inverse, scores, _ = run_channel(c, config.parallel, False)
+        gates = None
+    else:
+        inverse, scores, gates = invert(c, config.scores)
     h0, state = c.h0, out.state if o.final_state else None
     if config.SEG:
         h0 = states_before(c, inverse, gates, transitions_of(c, inverse, gates, warps), warps, state)
@@ -54,7 +62,11 @@ def backward_by(
     do, s_do = token_rows(torch.zeros_like(t.v) if grads.o is None else grads.o.to(t.v.dtype), config.tma)
     dS = None if grads.state is None else grads.state.contiguous()
     dh0 = None if c.h0 is None else torch.empty_like(c.h0)
-    inverse, scores, gates = invert(c, True)
+    given, gates, pairs = c, None, None
+    if o.decay == "channel":
+        c, inverse, scores, pairs = run_channel(c, config.parallel, True)
+    else:
+        inverse, scores, gates = invert(c, True)
     assert scores is not None, "asked for"
     w, dy = (c.v.new_empty((c.B, c.T, c.HV, c.V)) for _ in range(2))
     states, after = (c.q.new_empty((c.chunks, c.HV, c.K, c.V)) for _ in range(2))
@@ -66,7 +78,10 @@ def backward_by(
         first = None
     run_forward(c, inverse, None, gates, warps, h0, w=w, states=states)
     run_reverse(c, do, s_do, inverse, scores, gates, dS, first, dy, after, warps)
-    found = run_gradients(c, do, s_do, gates, w, dy, states, after, config.parallel, config.BK)
-    dq, dk, dp = (None if x is None else sum_groups(x, c.HV // c.H).to(c.q.dtype) for x in (found.dq, found.dk, found.dp))
+    if pairs is None:
+        found = run_gradients(c, do, s_do, gates, w, dy, states, after, config.parallel, config.BK)
+    else:
+        found = run_channels(given, run_states(c, do, s_do, pairs, w, dy, states, after))
+    dq, dk, dp = (None if x is None else sum_groups(x, c.HV // given.H).to(c.q.dtype) for x in (found.dq, found.dk, found.dp))
     every = (dq, dk, found.dv, dp, found.dg, found.dbeta, dh0)
     return Gradients(*(x if want else None for x, want in zip(every, wanted, strict=True)))

@@ -6,7 +6,7 @@
     n updates per token: q and the output at the last of n, the gate at the first
 
 Computed in float32 (float64 for float64 inputs). On a GPU that Triton compiles for, all but the last line runs in the kernels of `raw/`
-(decision 0011), which are tested against this.
+(decision 0012), which are tested against this.
 """
 
 from __future__ import annotations

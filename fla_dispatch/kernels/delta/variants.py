@@ -29,7 +29,7 @@ def _recurrent_configs(p: Problem) -> tuple[RecurrentConfig, ...]:
 def _shared_bytes(p: Problem, c: ChunkConfig) -> int:
     """Shared memory of the largest of a config's blocks: a sweep's staged tiles of q, k (p), v or do, A and X and its copies of the state
     and of y; or the tiles of a chunk's gradients."""
-    size, BK, keys = item_bytes(p), tile(p.K), 3 if p.flag("removal") == "p" else 2
+    size, BK, keys = item_bytes(p), tile(p.K), 3 if p.flag("removal") == "p" or p.flag("decay") == "channel" else 2
     BV = min(c.BV, tile(p.V))
     staged = c.BT * (keys * BK + BV) + 2 * c.BT * c.BT
     sweep = c.stages * staged + BK * BV + c.BT * BV
@@ -40,15 +40,19 @@ def _shared_bytes(p: Problem, c: ChunkConfig) -> int:
 
 def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     """Configs that fit the device's shared memory, those with tensor descriptors first. Registers are those of the compiler for sm90
-    (Triton 3.6); nothing has been timed.
+    (Triton 3.6).
 
     Half precision: 64-token chunks fill the matrix unit's 64 rows. 64 columns of the state on 4 warps take 217 to 255 registers and no
-    stack at K = 128 with X by way of memory; X in the sweep takes 72 bytes of stack and leaves shared memory for two blocks of a unit.
-    128 columns on 8 warps spill 80 to 312 bytes, and read q and k once. K = 256 wants 8 warps. A chunk's gradients take 238 to 255
-    registers and at most 88 bytes of stack on 4 warps (184 with p), 127 (K = 64) or 214 (K = 128) and none on 8: two blocks of a unit
-    but on 8 warps at K = 128. Tiles narrower than 64 columns never run on 4 warps: decision 0003. Shorter chunks are for devices with
-    less shared memory, and for sm100, for which Triton 3.7 does not compile sums over accumulators of 64 rows that a loop adds to
-    (gradients of gates). float32 has no matrix unit at full precision, and short chunks lose fewer digits: small tiles.
+    stack at K = 128 with X by way of memory; X in the sweep takes 72 bytes of stack. On an H200 three stages beat two at K = 128 (119 us
+    against 155 at (4, 4096, 16, 128)), not at 64, where X in the sweep pays (8 % of forward at (8, 2048, 32, 64)); 128 columns on 8
+    warps take 350. K = 256 wants 8 warps. A chunk's gradients take 4 warps, with two blocks of a unit: 364 us there against 633 on 8
+    (341 against 457 at K = 64), in spite of 88 bytes of stack. Tiles narrower than 64 columns never run on 4 warps: decision 0003.
+    Shorter chunks are for devices with less shared memory, and for sm100, for which Triton 3.7 does not compile sums over accumulators
+    of 64 rows that a loop adds to (gradients of gates). float32 has no matrix unit at full precision, and short chunks lose fewer
+    digits: small tiles.
+
+    Gates per channel: their scores and inverses take 4 warps, 255 registers and 352 bytes of stack (on 8, which run the inverse twice,
+    1.5 to 1.7 times as long on an H200), their gradients 176 bytes, at most two blocks of a unit.
 
     Segments in parallel where whole sequences leave half of the device idle and are long enough to be cut, as the default where they
     leave most of it idle (their passes are three times as much work). Transitions are composed in float32 registers, K <= 128.
@@ -65,9 +69,8 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     elif min(K, V) < 64:
         plain = ((64, 32, 2, 2, True, 2), (64, 32, 2, 1, True, 2), (32, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
     elif K <= 128:
-        few, many = (4, 8) if max(K, V) > 64 else (8, 4)  # warps of the gradients' chunks; two blocks of a unit either way
-        tma = ((64, 64, 4, 3, True, few), (64, 64, 4, 3, True, many), (64, 64, 4, 2, True, few), (64, 64, 4, 2, False, few))
-        plain = ((64, 64, 4, 2, True, few), (64, 64, 4, 1, True, few), (32, 64, 4, 1, True, 4), (32, 32, 2, 1, True, 2))
+        tma = ((64, 64, 4, 3, True, 4), (64, 64, 4, 2, True, 4), (64, 64, 4, 2, False, 4))
+        plain = ((64, 64, 4, 2, True, 4), (64, 64, 4, 1, True, 4), (32, 64, 4, 1, True, 4), (32, 32, 2, 1, True, 2))
         plain += ((16, 32, 2, 1, True, 2), (16, 16, 2, 1, True, 2))
     else:
         tma = ((64, 64, 8, 2, True, 8), (64, 64, 8, 1, True, 8))
@@ -76,6 +79,9 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     found = [
         ChunkConfig(*x[:4], bool(i), *x[4:], tf32, BK=min(64, x[1])) for i, group in ((1, tma), (0, plain)) for x in group if rows or not i
     ]
+    channels = p.flag("decay") == "channel"
+    if channels:  # scores by way of memory; `parallel` is of their kernel
+        found = list(dict.fromkeys(c._replace(scores=True, parallel=min(4, c.parallel)) for c in found))
     room = p.device.shared_bytes if p.device.is_gpu else 1 << 30
     fitting = [c for c in found if _shared_bytes(p, c) <= room] or found[-1:]
     if 100 <= p.device.arch_number < 120 and p.grad and p.flag("decay") == "token":
@@ -85,7 +91,7 @@ def _chunk_configs(p: Problem) -> tuple[ChunkConfig, ...]:
     blocks, length = p.BH * -(-p.V // whole[0].BV), tokens(p) / max(1, p.BH)
     if p.device.units < 2 * blocks or length < 1024 or K > 128 or room < 4 * (K * K + 2 * K * 16):  # of the composition
         return whole
-    cut = tuple(whole[0]._replace(SEG=SEG) for SEG in (1024, 512, 2048))
+    cut = tuple(whole[0]._replace(SEG=SEG) for SEG in (2048, 1024, 512) if length >= 2 * SEG)
     return (*cut, *whole) if p.device.units >= 8 * blocks and length >= 8192 else (*whole, *cut)
 
 
@@ -115,6 +121,13 @@ def _interpretable(p: Problem) -> tuple[str, str, str] | None:
     return None
 
 
+def _channels_of_keys(p: Problem) -> tuple[str, str, str] | None:
+    """No op has gates per channel and a removal key of its own, or one that is read early; the chunks' kernels for them know none."""
+    if p.flag("decay") == "channel" and (p.flag("early") == "true" or p.flag("removal") == "p"):
+        return "gates per channel and a removal key of its own", "gates per head, or keys that remove", "use recurrent_triton"
+    return None
+
+
 _TRITON = (
     Gpu(nvidia_min=80),
     Package("triton", (3, 5)),
@@ -125,9 +138,8 @@ _TRITON = (
     Dim("V", 1, 256),
     Flag("decay", ("none", "token", "channel")),
 )
-#: A gate per channel is part of the product of a pair, not a factor of it.
 _CHUNK = (
-    *_TRITON[:-1], Flag("decay", ("none", "token")), SharedMemory(_least_shared),
+    *_TRITON, Rule("gates per channel", ("flags",), _channels_of_keys), SharedMemory(_least_shared),
     Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable),
 )  # fmt: skip
 
@@ -136,7 +148,7 @@ VARIANTS = (
         "chunk_gluon", f"{__package__}.chunk_gluon",
         (
             Gpu(nvidia_min=90), Package("triton", (3, 6)), DTypes("qkv", HALF), *_CHUNK[3:],
-            Rule("Hopper", ("interpret", "device"), _hopper),
+            Flag("decay", ("none", "token")), Rule("Hopper", ("interpret", "device"), _hopper),
         ),
         gluon_cost, _gluon_configs, "chunk_triton with inverses by a kernel for Hopper",
     ),

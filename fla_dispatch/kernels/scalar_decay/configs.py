@@ -30,8 +30,9 @@ class SegmentConfig(NamedTuple):
 
 
 class StatesConfig(NamedTuple):
-    """SEG: tokens per segment of the walk that stores states, one of `sequences.SEGMENTS`; BT: tokens per chunk, 64 on four warps or 128
-    on eight; HEADS: value heads of a query head that one program takes; pipeline stages; tma: tiles by tensor descriptors."""
+    """SEG: tokens per segment of the walk that stores states, one of `sequences.SEGMENTS`, or 0 for whole sequences of one length;
+    BT: tokens per chunk, 64 on four warps or 128 on eight; HEADS: value heads of a query head that one program takes; pipeline stages;
+    tma: tiles by tensor descriptors."""
 
     SEG: int
     BT: int

@@ -28,6 +28,13 @@ def _rest(config: StatesConfig) -> dict[str, Any]:
     return {"SEG": config.SEG, "BT": config.BT, "HEADS": config.HEADS, "warps": config.BT // 16, "stages": config.stages, "tma": config.tma}
 
 
+def _cut(config: StatesConfig, c: Call, t: Tensors) -> tuple[StatesConfig, Segments]:
+    """Segments, and the config with their length: the whole sequence, in chunks, where SEG is 0."""
+    assert config.SEG or t.cu is None, "sequences of a pack have several lengths"
+    config = config._replace(SEG=config.SEG or max(1, -(-c.T // config.BT)) * config.BT)
+    return config, cut(c, t, config.SEG)
+
+
 def _states(
     config: StatesConfig,
     c: Call,
@@ -39,12 +46,16 @@ def _states(
     final: torch.Tensor | None,
     beside: torch.Tensor | None = None,
     *,
+    whole: bool,
     reverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[chunks, HV, K, V]: S before each chunk, or with reverse the gradient R of the state after it; and <S, R> with S beside."""
+    """[chunks, HV, K, V]: S before each chunk, or with reverse the gradient R of the state after it; and <S, R> with S beside.
+
+    whole: each sequence is one segment, and one walk does.
+    """
     w = None if reverse else c.beta
     walk: dict[str, Any] = {"reverse": reverse, "SEG": config.SEG, "BT": config.BT, "units": s.units, "offsets": s.offsets, "stages": 2}
-    if s.per_row == 1:  # each sequence is one segment
+    if whole and c.T:  # of no tokens there is no walk: composing no segments passes states on
         return run_store(c, o, *b, *x, w, start, beside, final, warps=4, **walk)
     local = run_segments(c, o, *b, *x, w, None, exact=False, BE=64, warps=4, tma=False, **walk)
     ends, _ = compose(s, local, start, None, final, None, c.N, reverse=reverse)
@@ -53,22 +64,24 @@ def _states(
 
 def forward(config: StatesConfig, t: Tensors, o: Options) -> Outputs:
     out = Outputs(*empty_outputs(t, o))
-    c = prepare(t, o, config.BT, config.tma)
-    s = cut(c, t, config.SEG)
-    states, _ = _states(config, c, o, s, (c.k, c.s_k), (c.v, c.s_v), c.h0, out.state if o.final_state else None, reverse=False)
+    c, whole = prepare(t, o, config.BT, config.tma), config.SEG == 0
+    config, s = _cut(config, c, t)
+    final = out.state if o.final_state else None
+    states, _ = _states(config, c, o, s, (c.k, c.s_k), (c.v, c.s_v), c.h0, final, whole=whole, reverse=False)
     run_outputs(c, o, states, out.o, chunks=states.shape[0], offsets=s.offsets, **_rest(config))
     return out
 
 
 def backward(config: StatesConfig, residuals: Residuals, grads: OutputGrads, o: Options, wanted: tuple[bool, ...]) -> Gradients:
     t, want = residuals.tensors, Gradients(*wanted)
-    c = prepare(t, o, config.BT, config.tma)
-    s = cut(c, t, config.SEG)
+    c, whole = prepare(t, o, config.BT, config.tma), config.SEG == 0
+    config, s = _cut(config, c, t)
     a = arriving(c, residuals, grads, o, config.tma)
     dh0 = None if c.h0 is None else torch.empty_like(c.h0)
-    states, _ = _states(config, c, o, s, (c.k, c.s_k), (c.v, c.s_v), c.h0, None, reverse=False)
+    states, _ = _states(config, c, o, s, (c.k, c.s_k), (c.v, c.s_v), c.h0, None, whole=whole, reverse=False)
     gated = t.g is not None
-    after, overlap = _states(config, c, o, s, (c.q, c.s_q), (a.do, a.s_do), a.dS, dh0, states if gated else None, reverse=True)
+    beside = states if gated else None
+    after, overlap = _states(config, c, o, s, (c.q, c.s_q), (a.do, a.s_do), a.dS, dh0, beside, whole=whole, reverse=True)
     rest: dict[str, Any] = {"chunks": states.shape[0], "offsets": s.offsets, **_rest(config)}
     shares, rows = run_queries(c, o, a.do, a.s_do, states, gates=gated, **rest)
     dg = torch.empty_like(t.g, memory_format=torch.contiguous_format) if gated else None

@@ -119,6 +119,8 @@ def _states_configs(p: Problem) -> tuple[StatesConfig, ...]:
     Chunks of 128 tokens have half the states, but their kernels fit the registers in half precision up to V = 64 alone.
     """
     segment, group = min(_segment(p), 512 if p.packed else 2048), p.group
+    if not p.packed and segment >= p.T:
+        segment = 0
     chunks = tokens(p) / max(1, group) / 64
     most = 1
     while most < min(group, 32) and chunks * -(-group // (2 * most)) >= 4 * p.device.units:
@@ -205,6 +207,26 @@ def _no_decay(p: Problem) -> tuple[str, str, str] | None:
     return None
 
 
+def _sums(p: Problem) -> tuple[str, str, str] | None:
+    """Triton 3.7 does not compile sums over both axes of a product for the memory of sm100's matrix units."""
+    if 100 <= p.device.arch_number < 120 and p.grad and p.flag("decay") == "token":
+        return f"gradients of gates on {p.device.arch}", "another device, or no gradients", "use sweep_triton"
+    return None
+
+
+def _whole_tiles(p: Problem) -> tuple[str, str, str] | None:
+    """Narrower operands on these kernels' four warps gave wrong outputs on an H200 (decision 0003); in float32 they do not fit."""
+    if p.device.is_gpu and (min(p.K, p.V) <= 32 or p.dtype("qkv") == "float32"):
+        return f"head dims {p.K} and {p.V} of {p.dtype('qkv')}", "above 32, in half precision", "use sweep_triton"
+    return None
+
+
+_CHUNKS = (
+    Flag("normalize", ("false",)),
+    Rule("whole tiles", ("device", "dtypes", "K", "V"), _whole_tiles),
+    Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable),
+    Rule("gate gradients", ("device", "grad", "flags"), _sums),
+)
 _PRODUCTS = (*_TRITON, SharedMemory(_least_shared), Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable))
 
 VARIANTS = (
@@ -228,9 +250,7 @@ VARIANTS = (
     Variant(
         "states_triton", f"{__package__}.states_triton",
         (
-            *_TRITON[:6], Dim("K", 1, 128), Dim("V", 1, 128), _TRITON[-1],
-            Flag("normalize", ("false",)),
-            SharedMemory(_states_shared), Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable),
+            *_TRITON[:6], Dim("K", 1, 128), Dim("V", 1, 128), _TRITON[-1], SharedMemory(_states_shared), *_CHUNKS,
         ),
         states_cost, _states_configs,
         "states of all chunks in memory, then all chunks in parallel: heads that share q and k; training with gates",
@@ -239,8 +259,7 @@ VARIANTS = (
         "parallel_triton", f"{__package__}.parallel_triton",
         (
             *_TRITON[:6], Dim("T", 1, 128), Dim("K", 1, 128), Dim("V", 1, 128), _TRITON[-1],
-            Flag("normalize", ("false",)), Lacks(("packed",)),
-            SharedMemory(_parallel_shared), Rule("matrix products", ("interpret", "device", "dtypes"), _interpretable),
+            Lacks(("packed",)), SharedMemory(_parallel_shared), *_CHUNKS,
         ),
         parallel_cost, _parallel_configs, "a whole short sequence as one chunk: the fewest launches",
     ),

@@ -6,6 +6,7 @@ registers:
 
     (12)  y = beta (v - exp(E) p S),   w = A y,   o = scale (exp(G) q S + X w),   S <- exp(G_end) S + k^T (exp(G_end - G) w)
 
+A gate per channel is part of q, p and k as (17) has it, and decays the rows of S.
 Operands of products are read from shared memory as they were loaded or rounded; X, where it is computed here, waits for no state.
 Results are stored by pointers: a descriptor's tile of shared memory would cost the second block of a unit.
 """
@@ -31,6 +32,7 @@ def chunk_forward(
     v,  # [B, T, HV, V], token stride s_v, or None: zeros, and the state before each unit is the identity
     gates,  # [HV, B * T] cumulative log2 decays or None
     beta,  # [B, T, HV]
+    decays,  # [chunks, HV, K] of the rows of a state over each chunk, or None
     inverse,  # [HV, B * T, BT]
     scores,  # [HV, B * T, BT] scale X, or None: then it is computed here
     h0,  # [units, HV, K, V] or None
@@ -93,7 +95,7 @@ def chunk_forward(
         b_s += tl.load(h0 + tl.cast(i_nh, tl.int64) * K * V + p_s, mask=m_s, other=0.0)
     if v is None:
         b_s += tl.where(o_k[:, None] == o_v[None, :], 1.0, 0.0)
-    if states is not None:
+    if states is not None or decays is not None:
         i_c = first_chunk(offsets, i_nh // HV, T, SEG, BT, SEGMENTED, PACKED)
     p_beta = beta + begin * HV + i_hv
     NT = tl.cdiv(length, BT)
@@ -101,6 +103,9 @@ def chunk_forward(
     if gates is not None:
         p_g = gates + i_hv * plane + begin
         next_G, next_E, next_total = chunk_gates(p_g, NT * 0, length, BT, EARLY)
+    if decays is not None:
+        p_d = decays + (i_c * HV + i_hv) * K + o_k
+        next_decay = tl.load(p_d, mask=(o_k < K) & (NT > 0), other=0.0)
     for i_t in tl.range(0, NT, num_stages=STAGES):
         b_beta = next_beta
         next_beta = chunk_row(p_beta, HV, i_t + 1, length, BT)
@@ -149,6 +154,10 @@ def chunk_forward(
         if gates is not None:
             b_s *= tl.exp2(total_g)
             b_wh = (b_w * tl.exp2(total_g - b_G)[:, None]).to(b_k.dtype)
+        if decays is not None:
+            b_s *= next_decay[:, None]
+            p_d += HV * K
+            next_decay = tl.load(p_d, mask=(o_k < K) & (i_t + 1 < NT), other=0.0)
         b_s = tl.dot(tl.trans(b_k), b_wh, b_s, input_precision=PRECISION)
     if state is not None:
         tl.store(state + tl.cast(i_nh, tl.int64) * K * V + p_s, b_s, mask=m_s)
@@ -172,8 +181,8 @@ def run_forward(
     without values, then in state [units, HV, K, K]."""
     V = c.K if transition else c.V
     args = (
-        c.q, c.k, c.p, None if transition else c.v, gates, c.beta, inverse, scores, h0, c.cu, c.offsets, o, state, w, states, c.T, c.N,
-        c.B * c.T, c.scale, c.s_q, c.s_k, c.s_p, c.s_v, c.SEG, c.H, c.HV,
+        c.q, c.k, c.p, None if transition else c.v, gates, c.beta, c.decays, inverse, scores, h0, c.cu, c.offsets, o, state, w, states,
+        c.T, c.N, c.B * c.T, c.scale, c.s_q, c.s_k, c.s_p, c.s_v, c.SEG, c.H, c.HV,
     )  # fmt: skip
     constants = c.constants("BV", "BT", "EARLY", "SEGMENTED", "TMA", "STAGES") | {"V": V}
     if transition:

@@ -27,6 +27,7 @@ class Call:
     v: torch.Tensor
     g: torch.Tensor | None
     beta: torch.Tensor
+    decays: torch.Tensor | None  # [chunks, HV, K] of states over each chunk, where each channel has its own gate
     h0: torch.Tensor | None
     cu: torch.Tensor | None
     offsets: torch.Tensor | None  # [N + 1] cumulative counts of segments of a pack
@@ -73,7 +74,7 @@ def prepare(t: Tensors, o: Options, config: ChunkConfig) -> Call:
         "FLOOR": MIN_LOG_DECAY, "TMA": config.tma, "STAGES": config.stages, "SEGMENTED": config.SEG > 0,
     }  # fmt: skip
     return Call(
-        q, k, p, v, g, beta, h0, t.cu, offsets, s_q, s_k, s_p, s_v, B, T, H, HV, K, V, N, config.BT, segments * (length // config.BT),
+        q, k, p, v, g, beta, None, h0, t.cu, offsets, s_q, s_k, s_p, s_v, B, T, H, HV, K, V, N, config.BT, segments * (length // config.BT),
         length, segments if config.SEG else N, o.scale,
         same,
     )  # fmt: skip

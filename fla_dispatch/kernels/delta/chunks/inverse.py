@@ -76,6 +76,19 @@ def merged(b_a, b_l, NB: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constex
     return tl.reshape(whole, [NB, 2 * SIZE, 2 * SIZE])
 
 
+@triton.jit
+def inverted(b_l, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + L)^-1 of strictly lower triangular L [BT, BT]."""
+    NB: tl.constexpr = BT // BLOCK
+    b_a = eliminated(diagonal_blocks(b_l, NB, BLOCK), NB)
+    if NB == 4:
+        b_a = merged(b_a, diagonal_blocks(b_l, 2, 32), 2, 16, PRECISION)
+        b_a = merged(b_a, tl.reshape(b_l, [1, 64, 64]), 1, 32, PRECISION)
+    elif NB == 2:
+        b_a = merged(b_a, tl.reshape(b_l, [1, 32, 32]), 1, 16, PRECISION)
+    return tl.reshape(b_a, [BT, BT])
+
+
 @triton.jit(do_not_specialize=["T", "N", "total", "scale", "SEG", "H", "HV"])
 def chunk_inverse(
     k,  # [B, T, H, K], token stride s_k
@@ -140,14 +153,7 @@ def chunk_inverse(
         b_l *= between((b_G - b_g if EARLY else b_G)[:, None], b_G[None, :], later)
     else:
         b_l = tl.where(later, b_l, 0.0)
-    NB: tl.constexpr = BT // BLOCK
-    b_a = eliminated(diagonal_blocks(b_l, NB, BLOCK), NB)
-    if NB == 4:
-        b_a = merged(b_a, diagonal_blocks(b_l, 2, 32), 2, 16, MERGE)
-        b_a = merged(b_a, tl.reshape(b_l, [1, 64, 64]), 1, 32, MERGE)
-    elif NB == 2:
-        b_a = merged(b_a, tl.reshape(b_l, [1, 32, 32]), 1, 16, MERGE)
-    b_a = tl.reshape(b_a, [BT, BT])
+    b_a = inverted(b_l, BT, MERGE)
     tl.store(inverse + p_a, b_a.to(inverse.dtype.element_ty), mask=m_t[:, None])
 
 

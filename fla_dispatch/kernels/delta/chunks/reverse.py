@@ -6,7 +6,8 @@ the state after a chunk, which a block carries in registers,
     (13)  dw = (scale X)^T do + exp(G_end - G) k D,   dy = A^T dw,   dv = beta dy
           D <- exp(G_end) D + q^T (scale exp(G) do) - p^T (exp(E) dv)
 
-where dy is the gradient of what A multiplies in (12). Stored are dy and D of each chunk, for the gradients that need no order.
+where dy is the gradient of what A multiplies in (12). Stored are dy and D of each chunk, for the gradients that need no order. A gate
+per channel is part of q, p and k as (17) has it, and decays the rows of D.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def chunk_reverse(
     do,  # [B, T, HV, V], token stride s_do
     gates,  # [HV, B * T] cumulative log2 decays or None
     beta,  # [B, T, HV]
+    decays,  # [chunks, HV, K] of the rows of a state over each chunk, or None
     inverse,  # [HV, B * T, BT]
     scores,  # [HV, B * T, BT] scale X
     dS,  # [units, HV, K, V] gradient of the state after each unit, or None
@@ -91,6 +93,9 @@ def chunk_reverse(
     if gates is not None:
         p_g = gates + i_hv * plane + begin
         next_G, next_E, next_total = chunk_gates(p_g, NT - 1, length, BT, EARLY)
+    if decays is not None:
+        p_d = decays + ((i_c + NT - 1) * HV + i_hv) * K + o_k
+        next_decay = tl.load(p_d, mask=(o_k < K) & (NT > 0), other=0.0)
     for i in tl.range(0, NT, num_stages=STAGES):
         i_t = NT - 1 - i
         b_beta = next_beta
@@ -120,6 +125,10 @@ def chunk_reverse(
         if gates is not None:
             b_d *= tl.exp2(total_g - begin_g)
             b_from *= tl.exp2(b_G - begin_g)[:, None]
+        if decays is not None:
+            b_d *= next_decay[:, None]
+            p_d -= HV * K
+            next_decay = tl.load(p_d, mask=(o_k < K) & (i_t > 0), other=0.0)
         b_d = tl.dot(tl.trans(b_q), b_from.to(b_q.dtype), b_d, input_precision=PRECISION)
         b_y = (-b_beta[:, None] * b_y).to(b_q.dtype)
         if p is not None:
@@ -147,7 +156,7 @@ def run_reverse(
 ) -> None:
     """Fill dh0, dy and D after each chunk where given."""
     args = (
-        c.q, c.k, c.p, do, gates, c.beta, inverse, scores, dS, c.cu, c.offsets, dy, after, dh0, c.T, c.N, c.B * c.T, c.scale,
+        c.q, c.k, c.p, do, gates, c.beta, c.decays, inverse, scores, dS, c.cu, c.offsets, dy, after, dh0, c.T, c.N, c.B * c.T, c.scale,
         c.s_q, c.s_k, c.s_p, s_do, c.SEG, c.H, c.HV,
     )  # fmt: skip
     constants = c.constants("V", "BV", "BT", "EARLY", "SEGMENTED", "TMA", "STAGES")
