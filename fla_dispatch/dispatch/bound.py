@@ -10,7 +10,7 @@ import torch
 
 from ..errors import CallError
 from ..sequences import SeqInfo
-from .function import needs_grad, run_recording
+from .function import finished, needs_grad, run_recording
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -90,9 +90,7 @@ class BoundHandle:
             outputs = run_recording(bridge, plan, tensors, options, None)
         else:
             outputs = plan.forward(plan.forward_config, tensors, options)
-        if finish is not None:
-            return finish(outputs)
-        return outputs[0], outputs[1] if options.final_state else None
+        return finished(outputs, options, finish)
 
     def _through_contract(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.keys() != {*self._names}:

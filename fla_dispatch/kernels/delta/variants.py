@@ -175,4 +175,5 @@ RECURRENCE = Recurrence(
     flops=recurrence.flops,
     variants=VARIANTS,
     workload=WORKLOAD,
+    valued=("cu",),
 )

@@ -204,4 +204,5 @@ RECURRENCE = Recurrence(
     flops=recurrence.flops,
     variants=VARIANTS,
     workload=WORKLOAD,
+    valued=("cu",),
 )

@@ -1,0 +1,302 @@
+"""A function of a variant as a tape: the buffers that it makes and the kernels that it launches, for tensors of one layout.
+
+A variant's Python works out the same strides, constants and grids at every call of one layout. `watched` runs it once and notes what it
+made and launched; the tape does just that again, with the addresses of that call. A function that does anything else on a device (an
+operator of torch, a kernel past `launch`) has no tape, and runs as it is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._C._dynamo.guards import TensorGuards
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import launch as launching
+
+_aten = torch.ops.aten
+_MAKES = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+_address = torch.Tensor.data_ptr
+_new = tuple.__new__
+
+
+#: The most layouts that tapes are kept for, where everything else is equal.
+LAYOUTS = 8
+
+
+def layout_of(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """Whether other tensors are like these, as one C call: of plain type and all different, of these shapes, strides, dtypes and devices,
+    requiring gradients as these do, and under no other mode, transform, autocast or inference mode than now."""
+    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    return check
+
+
+class Queue(NamedTuple):
+    """How a kind of device is asked for its current device, for whether a graph is being captured, and for a device's current stream."""
+
+    device: Callable[[], int | None]
+    capturing: Callable[[], bool]
+    stream: Callable[[int | None], int]
+
+
+#: The kinds of devices whose launches may be taped.
+QUEUES: dict[str, Queue] = {}
+if hasattr(torch._C, "_cuda_getCurrentRawStream"):
+    QUEUES["cuda"] = Queue(torch._C._cuda_getDevice, torch._C._cuda_isCurrentStreamCapturing, torch._C._cuda_getCurrentRawStream)
+
+
+class Buffer(NamedTuple):
+    """A tensor that a function makes; like: the given tensor whose layout it has, or -1."""
+
+    like: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Step(NamedTuple):
+    """One launch, the buffers that are made before it, and those that nothing after it reads.
+
+    Addresses stand in the order (stream, given tensors, then buffers and views as they come); shifted: (of which address, bytes) for
+    each view; pick takes the launcher's arguments out of the addresses followed by `rest`.
+    """
+
+    made: tuple[Buffer, ...]
+    shifted: tuple[tuple[int, int], ...]
+    run: Callable[..., Any]
+    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    rest: tuple[Any, ...]
+    done: tuple[int, ...]
+
+
+class Tape:
+    """What a function did, to be done again for other tensors of the same layout."""
+
+    __slots__ = ("_device", "_hooks", "_index", "_kept", "_kind", "_queue", "_results", "_steps")
+
+    def __init__(self, device: torch.device, steps: tuple[Step, ...], kind: type[Any], results: tuple[Any, ...], kept: list[Any]) -> None:
+        self._queue, self._device, self._index, self._hooks = QUEUES[device.type], device, device.index, launching.hooks()
+        self._steps, self._kind, self._results, self._kept = steps, kind, results, kept
+
+    def ready(self) -> bool:
+        """Whether launches now are like those that were watched: on the current device, into no graph, with nobody looking on."""
+        queue, hooks = self._queue, self._hooks
+        return (
+            queue.device() == self._index
+            and not queue.capturing()
+            and launching._recorded is None
+            and not (hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+        )
+
+    def __call__(self, given: Sequence[torch.Tensor]) -> Any:
+        """The function's outputs for these tensors; None, and nothing done, where one does not begin at a multiple of 16 bytes."""
+        addresses = [*map(_address, given)]
+        if functools.reduce(operator.or_, addresses) & 15:
+            return None
+        addresses.insert(0, self._queue.stream(self._index))
+        buffers: list[Any] = []
+        for made, shifted, run, pick, rest, done in self._steps:
+            for like, shape, stride, dtype in made:
+                if like < 0:
+                    x = torch.empty_strided(shape, stride, dtype=dtype, device=self._device)
+                else:
+                    x = torch.empty_like(given[like])
+                buffers.append(x)
+                addresses.append(x.data_ptr())
+            for of, shift in shifted:
+                addresses.append(addresses[of] + shift)
+            run(*pick((*addresses, *rest)))
+            for i in done:
+                buffers[i] = None
+        return _new(self._kind, [buffers[x] if type(x) is int else x for x in self._results])
+
+
+class _Source(NamedTuple):
+    """What the address of a tensor follows from: a given tensor or a buffer, and bytes from its begin."""
+
+    buffer: bool
+    i: int
+    shift: int = 0
+
+
+class _Launched(NamedTuple):
+    """A launch as it was seen, with a _Source for each tensor of the call; after: the number of buffers that there were."""
+
+    after: int
+    run: Callable[..., Any]
+    head: tuple[Any, ...]
+    args: tuple[Any, ...]
+
+
+class Watch(TorchDispatchMode):
+    """Notes what a function makes and launches while it is entered. fault: why there can be no tape, or ''."""
+
+    def __init__(self, given: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.fault = ""
+        self._given, self._device = given, given[0].device
+        self._by_id = {id(x): i for i, x in enumerate(given)}
+        self._by_storage: dict[int, list[tuple[_Source, int]]] = {}
+        for i, x in enumerate(given):
+            self._by_storage.setdefault(x.untyped_storage()._cdata, []).append((_Source(False, i), x.data_ptr()))
+        self._buffers: list[Buffer] = []
+        self._launches: list[_Launched] = []
+        self._kept: list[torch.Tensor] = []
+
+    def __enter__(self) -> Watch:
+        launching.watching.launched = self._launched
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        launching.watching.launched = None
+        super().__exit__(*raised)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _MAKES:
+            self._make(found)
+        elif not func.is_view:
+            self._no(str(func))
+        return found
+
+    def _no(self, why: str) -> None:
+        self.fault = self.fault or why
+
+    def _make(self, x: torch.Tensor) -> None:
+        if x.dim() == 1 and x.shape[0] == 0:  # stands for an output that was not asked for
+            return
+        if x.device != self._device or x.layout is not torch.strided:
+            self._no(f"a buffer on {x.device}")
+        # the storage of a buffer that has ended may have been where this one's is
+        self._by_storage[x.untyped_storage()._cdata] = [(_Source(True, len(self._buffers)), x.data_ptr())]
+        layout = (tuple(x.shape), x.stride(), x.dtype)
+        whole = x.is_contiguous()
+        like = next((i for i, y in enumerate(self._given) if whole and y.is_contiguous() and (y.shape, y.stride(), y.dtype) == layout), -1)
+        self._buffers.append(Buffer(like, *layout))
+
+    def _launched(self, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """Told by `launch`: what Triton looked up for these arguments is right for all of one layout."""
+        if not hasattr(compiled, "function"):
+            self._no("a kernel that is interpreted")
+            return
+        run = functools.partial(launching.call_with_scratch, compiled.run) if constants.get("TMA") else compiled.run
+        head = (*(*grid, 1, 1)[:3], compiled.function, compiled.packed_metadata)
+        self._launches.append(_Launched(len(self._buffers), run, head, tuple(map(self._source, args))))
+
+    def _source(self, x: Any) -> Any:
+        """What stands for an argument: a _Source for a tensor of the call, an address for one that was there before, else itself."""
+        if not isinstance(x, torch.Tensor):
+            if x is not None and not isinstance(x, (int, float, str)):
+                self._no(f"an argument of type {type(x).__name__}")
+            return x
+        if id(x) in self._by_id:
+            return _Source(False, self._by_id[id(x)])
+        found = self._by_storage.get(x.untyped_storage()._cdata)
+        if found is None:
+            self._kept.append(x)  # made once and kept by the variant, as decays of heads are
+            return x.data_ptr()
+        if len(found) > 1:
+            self._no("a view of one of several tensors that share memory")
+        source, begin = found[0]
+        return source._replace(shift=x.data_ptr() - begin)
+
+    def _results(self, result: Any) -> tuple[Any, ...]:
+        """Outputs as numbers of buffers; None, and what stands for outputs that were not asked for, as they are."""
+        found: list[Any] = []
+        for x in result:
+            if x is None or (x.dim() == 1 and x.shape[0] == 0):
+                found.append(x)
+                continue
+            source = self._source(x)
+            layout = (tuple(x.shape), x.stride(), x.dtype)
+            if not isinstance(source, _Source) or not source.buffer or source.shift or self._buffers[source.i][1:] != layout:
+                self._no("an output that is no buffer")
+                return ()
+            found.append(source.i)
+        return tuple(found)
+
+    def tape(self, result: Any) -> Tape | None:
+        """The tape of what was watched, whose outputs these are; None where there can be none."""
+        results = self._results(result)
+        if not self._launches or self._launches[-1].after != len(self._buffers):
+            self._no("no launch, or buffers after the last")
+        if self.fault:
+            return None
+        used = {x.i: n for n, one in enumerate(self._launches) for x in one.args if isinstance(x, _Source) and x.buffer}
+        kept = {x for x in results if type(x) is int}
+        steps, place, at, before = [], {False: {i: 1 + i for i in range(len(self._given))}, True: {}}, 1 + len(self._given), 0
+        for n, one in enumerate(self._launches):
+            for i in range(before, one.after):
+                place[True][i] = at + i - before
+            at += one.after - before
+            shifted: list[tuple[int, int]] = []
+            rest: list[Any] = [*one.head, None, None, None]
+            which: list[tuple[bool, int]] = []  # whether an argument stands in rest, and where
+            for x in one.args:
+                if not isinstance(x, _Source):
+                    which.append((True, len(rest)))
+                    rest.append(x)
+                elif x.shift:
+                    which.append((False, at + len(shifted)))
+                    shifted.append((place[x.buffer][x.i], x.shift))
+                else:
+                    which.append((False, place[x.buffer][x.i]))
+            at += len(shifted)
+            # a launcher takes grid, stream, function, its metadata, and three hooks that are absent
+            first = [at, at + 1, at + 2, 0, *range(at + 3, at + 8)]
+            pick = operator.itemgetter(*first, *[at + i if static else i for static, i in which])
+            done = tuple(i for i in range(one.after) if i not in kept and max(used.get(i, -1), _made_at(self._launches, i)) == n)
+            steps.append(Step(tuple(self._buffers[before : one.after]), tuple(shifted), one.run, pick, tuple(rest), done))
+            before = one.after
+        return Tape(self._device, tuple(steps), type(result), results, self._kept)
+
+
+def _made_at(launches: list[_Launched], buffer: int) -> int:
+    """The launch before which a buffer is made."""
+    return next(n for n, one in enumerate(launches) if buffer < one.after)
+
+
+def watched(run: Callable[[], Any], given: Sequence[torch.Tensor]) -> tuple[Any, Tape | None]:
+    """What `run` returns, and its tape if it can have one. given: every tensor that it reads, without repetition."""
+    if given[0].device.type not in QUEUES:
+        return run(), None
+    with Watch(given) as watch:
+        result = run()
+    return result, watch.tape(result)
+
+
+class TapedBackward:
+    """A variant's backward that plays tapes, for the residuals of one layout of the forward's tensors.
+
+    What else its Python may look at is part of what is compared: which gradients came and how they lie, and which are wanted.
+    """
+
+    __slots__ = ("_function", "_known")
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._known: dict[tuple[Any, ...], list[tuple[Callable[..., bool], Tape]] | None] = {}  # None: has no tape
+
+    def __call__(self, config: Any, residuals: Any, grads: Any, options: Any, wanted: tuple[bool, ...]) -> Any:
+        several = (*residuals[0], *residuals[1:], *grads)
+        given = [x for x in several if x is not None]
+        key = (wanted, len(given), *[x is None for x in grads])
+        known = self._known.setdefault(key, [])
+        for alike, tape in known or ():
+            if alike(*given):
+                found = tape(given) if tape.ready() else None
+                return self._function(config, residuals, grads, options, wanted) if found is None else found
+        run = functools.partial(self._function, config, residuals, grads, options, wanted)
+        if known is None or len(known) >= LAYOUTS or len({*map(id, given)}) < len(given):
+            return run()
+        alike = layout_of(given)
+        result, new = watched(run, given)
+        if new is None:
+            self._known[key] = None
+        else:
+            known.append((alike, new))
+        return result
