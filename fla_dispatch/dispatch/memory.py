@@ -45,12 +45,13 @@ class TapedForward:
         self._function, self._tape, self._given = function, tape, given
 
     def __call__(self, config: Any, tensors: Any, options: Any) -> Any:
-        found = self._tape(self._given(tensors)) if self._tape.ready() else None
+        found = self._tape(self._given(tensors))
         return self._function(config, tensors, options) if found is None else found
 
 
 class Repeat(NamedTuple):
-    """A remembered call: whether tensors are like its own, and what runs it for them, or returns None and has done nothing."""
+    """A remembered call: whether tensors are like its own, and what runs it for them, or returns None and has done nothing (always,
+    where it is one that takes the whole road)."""
 
     alike: Callable[..., bool]
     play: Callable[[Sequence[torch.Tensor]], Any]
@@ -59,48 +60,44 @@ class Repeat(NamedTuple):
 class Form(NamedTuple):
     """Arguments of certain names and types: how their tensors and options are taken out, and what is remembered of such calls.
 
-    calls: by options, the size of the first tensor and modes; empty where a call was seen once, None where it is one that cannot be kept.
+    calls: by options, the size of the first tensor and modes; empty where a call was seen once.
     """
 
     tensors: Callable[[tuple[Any, ...]], Any]
     options: Callable[[tuple[Any, ...]], Any]
-    calls: dict[tuple[Any, ...], list[Repeat] | None]
+    calls: dict[tuple[Any, ...], list[Repeat]]
 
 
 def _no_options(values: tuple[Any, ...]) -> None:
     return None
 
 
-def _flat(pair: type, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Tensors among the arguments, with those of pairs of states; () for a tuple of another length, which is like no call."""
+def _flat(pair: type[tuple[Any, ...]], count: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Tensors among the arguments, with those of a pair of states; () where they are not as many as they were, or no tensors."""
     found: list[Any] = []
     for x in values:
         if isinstance(x, torch.Tensor):
             found.append(x)
         elif type(x) is pair:
-            if len(x) != 2:
-                return ()
             found.extend(x)
-    return tuple(found)
+    return tuple(found) if len(found) == count and all(isinstance(x, torch.Tensor) for x in found) else ()
 
 
 def _form(values: tuple[Any, ...]) -> Form | None:
-    """How arguments of these types are taken apart; None where they hold what is no tensor and no plain option."""
-    at = [i for i, x in enumerate(values) if isinstance(x, torch.Tensor)]
-    pairs = [type(x) for x in values if isinstance(x, tuple) and any(isinstance(y, torch.Tensor) for y in x)]
-    ranges = [i for i, x in enumerate(values) if isinstance(x, tuple) and all(isinstance(y, (int, float)) for y in x)]
-    plain = [i for i, x in enumerate(values) if isinstance(x, (bool, int, float, str))]
+    """How arguments of these types are taken apart; None where they hold what is neither a plain tensor nor a plain option."""
+    at = [i for i, x in enumerate(values) if is_plain((type(x),)) and x is not None]
+    pairs = [x for x in values if isinstance(x, tuple) and any(isinstance(y, torch.Tensor) for y in x)]
+    options = [i for i, x in enumerate(values) if isinstance(x, (bool, int, float, str))]
+    options += [i for i, x in enumerate(values) if isinstance(x, tuple) and all(isinstance(y, (int, float)) for y in x)]
     nothing = sum(x is None for x in values)
-    if len(pairs) > 1 or (pairs and ranges) or len(at) + len(pairs) + len(ranges) + len(plain) + nothing < len(values) or len(at) < 2:
+    if len(pairs) > 1 or len(at) + len(pairs) + len(options) + nothing < len(values) or len(at) < 2:
         return None
-    tensors = functools.partial(_flat, pairs[0]) if pairs else operator.itemgetter(*at)
-    options = [*plain, *ranges]
+    tensors = functools.partial(_flat, type(pairs[0]), len(at) + len(pairs[0])) if pairs else operator.itemgetter(*at)
     return Form(tensors, operator.itemgetter(*options) if options else _no_options, {})
 
 
-def _stateless(function: Callable[..., Any] | None) -> bool:
-    """Whether a contract's finish holds nothing of one call."""
-    return function is None or (isinstance(function, types.FunctionType) and function.__closure__ is None)
+def _whole_road(given: Sequence[torch.Tensor]) -> None:
+    return None
 
 
 class Memory:
@@ -133,62 +130,87 @@ class Memory:
         if not given or forward_ad._current_level >= 0:
             return None
         key = (form.options(values), given[0].numel(), _grad(), _deterministic())
-        if key not in form.calls:
+        calls = form.calls.get(key)
+        if calls is None:
             self._keys += 1
             if self._keys > MOST:
                 self._refresh()
             form.calls[key] = []
             return None
-        calls = form.calls[key]
-        if calls is None:
-            return None
         for alike, play in calls:
             if alike(*given):
                 return play(given)
-        if len(calls) >= LAYOUTS or not _at_rest(given):
+        if len(calls) >= LAYOUTS or not at_rest(given):
             return None
-        return self._learn(form.calls, key, given, args, kwargs)
+        return self._learn(calls, given, args, kwargs)
 
-    def _learn(
-        self, known: dict[tuple[Any, ...], list[Repeat] | None], key: tuple[Any, ...], given: Any, args: Any, kwargs: dict[str, Any]
-    ) -> Any:
-        """Run a call that has been seen before and remember it; None, and nothing run, where it is one that cannot be kept."""
-        bridge = self._handle.bridge
+    def _learn(self, calls: list[Repeat], given: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call that has been seen before and remember it; None, and nothing run, where it is one that takes the whole road."""
+        bridge, choice = self._handle.bridge, self._handle.choice()
         _, tensors, options, prepare, finish = self._handle.contract(*args, **kwargs)
-        places = {id(x): i for i, x in enumerate(given)}
-        sources = [None if x is None else places.get(id(x), -1) for x in tensors]
-        if (
-            prepare is not None or not _stateless(finish) or -1 in sources or len(places) < len(given)
-            or {*sources} - {None} != {*places.values()} or any(getattr(tensors, name) is not None for name in bridge.valued)
-        ):  # fmt: skip
-            known[key] = None
+        sources = sources_of(tensors, given)
+        if prepare is not None or sources is None or not stateless(finish):
+            calls.append(Repeat(layout_of(given), _whole_road))
             return None
         bridge.check(tensors, options)
         recording = _grad() and needs_grad(bridge, tensors)
-        plan = bridge.plans.lookup(tensors, options, recording, self._handle.choice())
-        alike = layout_of(given)
-        tape: Tape | None = None
-
-        def forward(config: Any, tensors: Any, options: Any) -> Any:
-            nonlocal tape
-            outputs, tape = watched(functools.partial(plan.forward, config, tensors, options), given)
-            return outputs
-
-        if recording:
-            outputs = run_recording(bridge, dataclasses.replace(plan, forward=forward), tensors, options, None)
-        else:
-            outputs = forward(plan.forward_config, tensors, options)
-        calls = known[key]
-        if tape is None or calls is None:
-            known[key] = None
-        elif recording:
-            calls.append(Repeat(alike, _recorder(bridge, plan, tape, sources, options, finish)))
-        else:
-            calls.append(Repeat(alike, _player(tape, [sources[i] for i in bridge.written if sources[i] is not None], options, finish)))
-        return finished(outputs, options, finish)
+        plan = bridge.plans.lookup(tensors, options, recording, choice)
+        result, repeat = remember(bridge, plan, tensors, options, finish, choice, given, sources, recording)
+        calls.append(repeat)
+        return result
 
 
-def _at_rest(given: Sequence[Any]) -> bool:
+def sources_of(tensors: Sequence[Any], given: Sequence[Any]) -> list[int | None] | None:
+    """For each tensor of a recurrence its place among those given; None unless they are the same tensors, each given once."""
+    places = {id(x): i for i, x in enumerate(given)}
+    sources = [None if x is None else places.get(id(x), -1) for x in tensors]
+    return sources if {*sources} - {None} == {*range(len(given))} else None
+
+
+def stateless(function: Callable[..., Any] | None) -> bool:
+    """Whether a contract's prepare or finish holds nothing of one call."""
+    return function is None or (isinstance(function, types.FunctionType) and function.__closure__ is None)
+
+
+def remember(
+    bridge: Bridge,
+    plan: Plan,
+    tensors: Any,
+    options: Any,
+    finish: Callable[..., Any] | None,
+    choice: str | None,
+    given: Sequence[torch.Tensor],
+    sources: list[int | None],
+    recording: bool,
+) -> tuple[Any, Repeat]:
+    """The result of a checked call, and the call to be remembered."""
+    alike = layout_of(given)
+    if any(getattr(tensors, name) is not None for name in bridge.valued):
+        outputs = (
+            run_recording(bridge, plan, tensors, options, choice) if recording else plan.forward(plan.forward_config, tensors, options)
+        )
+        return finished(outputs, options, finish), Repeat(alike, _whole_road)
+    tape: Tape | None = None
+
+    def forward(config: Any, tensors: Any, options: Any) -> Any:
+        nonlocal tape
+        outputs, tape = watched(functools.partial(plan.forward, config, tensors, options), given)
+        return outputs
+
+    if recording:
+        outputs = run_recording(bridge, dataclasses.replace(plan, forward=forward), tensors, options, choice)
+    else:
+        outputs = forward(plan.forward_config, tensors, options)
+    if tape is None:
+        play: Callable[[Sequence[torch.Tensor]], Any] = _whole_road
+    elif recording:
+        play = _recorder(bridge, plan, tape, sources, options, finish, choice)
+    else:
+        play = _player(tape, tuple(i for i in (sources[i] for i in bridge.written) if i is not None), options, finish)
+    return finished(outputs, options, finish), Repeat(alike, play)
+
+
+def at_rest(given: Sequence[Any]) -> bool:
     """Whether a call is plain: of plain tensors on one device that can be taped, outside of modes, transforms, autocast and captures."""
     if _modes_active() or _functorch_active() or torch._C._is_any_autocast_enabled() or not is_plain(tuple(map(type, given))):
         return False
@@ -198,7 +220,9 @@ def _at_rest(given: Sequence[Any]) -> bool:
     return here and all(x.device == device for x in given)
 
 
-def _player(tape: Tape, written: list[int], options: Any, finish: Callable[..., Any] | None) -> Callable[[Sequence[torch.Tensor]], Any]:
+def _player(
+    tape: Tape, written: tuple[int, ...], options: Any, finish: Callable[..., Any] | None
+) -> Callable[[Sequence[torch.Tensor]], Any]:
     """Runs a remembered call that records no gradient; written: places of the tensors that it updates in place."""
     ready = tape.ready
 
@@ -214,7 +238,7 @@ def _player(tape: Tape, written: list[int], options: Any, finish: Callable[..., 
 
 
 def _recorder(
-    bridge: Bridge, plan: Plan, tape: Tape, sources: list[int | None], options: Any, finish: Callable[..., Any] | None
+    bridge: Bridge, plan: Plan, tape: Tape, sources: list[int | None], options: Any, finish: Callable[..., Any] | None, choice: str | None
 ) -> Callable[[Sequence[torch.Tensor]], Any]:
     """Runs a remembered call that records a gradient."""
     at = [sources.index(i) for i in range(sum(i is not None for i in sources))]
@@ -225,7 +249,7 @@ def _recorder(
         if not tape.ready():
             return None
         tensors = _new(bridge.tensors, [None if i is None else given[i] for i in sources])
-        return finished(run_recording(bridge, taped, tensors, options, None), options, finish)
+        return finished(run_recording(bridge, taped, tensors, options, choice), options, finish)
 
     return play
 

@@ -145,13 +145,13 @@ def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: d
 
 def _call(run: Any, args: tuple[Any, ...], options: dict[str, Any], constants: dict[str, Any]) -> Any:
     if constants.get("TMA"):  # descriptors made by a kernel live in scratch memory, whose allocator is a context variable
-        return call_with_scratch(run, *args, **options)
+        return contextvars.copy_context().run(_with_scratch, run, args, options)
     return run(*args, **options)
 
 
-def call_with_scratch(run: Any, *args: Any, **options: Any) -> Any:
-    """Call a launcher with an allocator of scratch memory, in a context of its own."""
-    return contextvars.copy_context().run(_with_scratch, run, args, options)
+def with_scratch(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher that is called with an allocator of scratch memory, in a context of its own."""
+    return lambda *args: contextvars.copy_context().run(_with_scratch, run, args, {})
 
 
 def _with_scratch(run: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -183,7 +183,7 @@ class Watch(TorchDispatchMode):
         if not hasattr(compiled, "function"):
             self._no("a kernel that is interpreted")
             return
-        run = functools.partial(launching.call_with_scratch, compiled.run) if constants.get("TMA") else compiled.run
+        run = launching.with_scratch(compiled.run) if constants.get("TMA") else compiled.run
         head = (*(*grid, 1, 1)[:3], compiled.function, compiled.packed_metadata)
         self._launches.append(_Launched(len(self._buffers), run, head, tuple(map(self._source, args))))
 
@@ -279,24 +279,21 @@ class TapedBackward:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._known: dict[tuple[Any, ...], list[tuple[Callable[..., bool], Tape]] | None] = {}  # None: has no tape
+        self._known: dict[tuple[Any, ...], list[tuple[Callable[..., bool], Tape | None]]] = {}
 
     def __call__(self, config: Any, residuals: Any, grads: Any, options: Any, wanted: tuple[bool, ...]) -> Any:
         several = (*residuals[0], *residuals[1:], *grads)
         given = [x for x in several if x is not None]
         key = (wanted, len(given), *[x is None for x in grads])
         known = self._known.setdefault(key, [])
-        for alike, tape in known or ():
+        for alike, tape in known:
             if alike(*given):
-                found = tape(given) if tape.ready() else None
+                found = tape(given) if tape is not None and tape.ready() else None
                 return self._function(config, residuals, grads, options, wanted) if found is None else found
         run = functools.partial(self._function, config, residuals, grads, options, wanted)
-        if known is None or len(known) >= LAYOUTS or len({*map(id, given)}) < len(given):
+        if len(known) >= LAYOUTS or len({*map(id, given)}) < len(given):
             return run()
         alike = layout_of(given)
-        result, new = watched(run, given)
-        if new is None:
-            self._known[key] = None
-        else:
-            known.append((alike, new))
+        result, tape = watched(run, given)
+        known.append((alike, tape))
         return result
