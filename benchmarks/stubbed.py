@@ -9,7 +9,6 @@ with each other. `whole road` is a call that nothing is remembered of; `remember
 from __future__ import annotations
 
 import contextlib
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -73,7 +72,8 @@ def stubbed() -> Iterator[None]:
         yield
 
 
-def us(call: Callable[[], object], calls: int = 500, rounds: int = 9) -> float:
+def us(call: Callable[[], object], calls: int = 200, rounds: int = 25) -> float:
+    """Least of many rounds: machines are shared."""
     for _ in range(20):
         call()
     times = []
@@ -82,7 +82,7 @@ def us(call: Callable[[], object], calls: int = 500, rounds: int = 9) -> float:
         for _ in range(calls):
             call()
         times.append((time.perf_counter_ns() - begin) / calls / 1e3)
-    return statistics.median(times)
+    return min(times)
 
 
 def frames(call: Callable[[], object]) -> tuple[int, int]:

@@ -61,15 +61,19 @@ class Buffer(NamedTuple):
 class Step(NamedTuple):
     """One launch, the buffers that are made before it, and those that nothing after it reads.
 
-    Addresses stand in the order (stream, given tensors, then buffers and views as they come); shifted: (of which address, bytes) for
-    each view; pick takes the launcher's arguments out of the addresses followed by `rest`.
+    Addresses stand in the order (given tensors, then buffers and views as they come); shifted: (of which address, bytes) for each view.
+    The launcher takes grid, stream, head (function, metadata, and three hooks that are absent) and the arguments: up to the last tensor
+    those that `pick` takes out of the addresses followed by `rest`, then `tail`.
     """
 
     made: tuple[Buffer, ...]
     shifted: tuple[tuple[int, int], ...]
     run: Callable[..., Any]
+    grid: tuple[int, ...]
+    head: tuple[Any, ...]
     pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     rest: tuple[Any, ...]
+    tail: tuple[Any, ...]
     done: tuple[int, ...]
 
 
@@ -97,9 +101,9 @@ class Tape:
         addresses = [*map(_address, given)]
         if functools.reduce(operator.or_, addresses) & 15:
             return None
-        addresses.insert(0, self._queue.stream(self._index))
+        stream = self._queue.stream(self._index)
         buffers: list[Any] = []
-        for made, shifted, run, pick, rest, done in self._steps:
+        for made, shifted, run, grid, head, pick, rest, tail, done in self._steps:
             for like, shape, stride, dtype in made:
                 if like < 0:
                     x = torch.empty_strided(shape, stride, dtype=dtype, device=self._device)
@@ -109,7 +113,7 @@ class Tape:
                 addresses.append(x.data_ptr())
             for of, shift in shifted:
                 addresses.append(addresses[of] + shift)
-            run(*pick((*addresses, *rest)))
+            run(*grid, stream, *head, *pick((*addresses, *rest)), *tail)
             for i in done:
                 buffers[i] = None
         return _new(self._kind, [buffers[x] if type(x) is int else x for x in self._results])
@@ -128,6 +132,7 @@ class _Launched(NamedTuple):
 
     after: int
     run: Callable[..., Any]
+    grid: tuple[int, ...]
     head: tuple[Any, ...]
     args: tuple[Any, ...]
 
@@ -184,8 +189,8 @@ class Watch(TorchDispatchMode):
             self._no("a kernel that is interpreted")
             return
         run = launching.with_scratch(compiled.run) if constants.get("TMA") else compiled.run
-        head = (*(*grid, 1, 1)[:3], compiled.function, compiled.packed_metadata)
-        self._launches.append(_Launched(len(self._buffers), run, head, tuple(map(self._source, args))))
+        head = (compiled.function, compiled.packed_metadata, None, None, None)
+        self._launches.append(_Launched(len(self._buffers), run, (*grid, 1, 1)[:3], head, tuple(map(self._source, args))))
 
     def _source(self, x: Any) -> Any:
         """What stands for an argument: a _Source for a tensor of the call, an address for one that was there before, else itself."""
@@ -226,31 +231,27 @@ class Watch(TorchDispatchMode):
             self._no("no launch, or buffers after the last")
         if self.fault:
             return None
-        used = {x.i: n for n, one in enumerate(self._launches) for x in one.args if isinstance(x, _Source) and x.buffer}
+        last = {x.i: n for n, one in enumerate(self._launches) for x in one.args if isinstance(x, _Source) and x.buffer}
         kept = {x for x in results if type(x) is int}
-        steps, place, at, before = [], {False: {i: 1 + i for i in range(len(self._given))}, True: {}}, 1 + len(self._given), 0
+        given = {_Source(False, i): i for i in range(len(self._given))}
+        steps, place, count, before = [], given, len(given), 0
         for n, one in enumerate(self._launches):
             for i in range(before, one.after):
-                place[True][i] = at + i - before
-            at += one.after - before
-            shifted: list[tuple[int, int]] = []
-            rest: list[Any] = [*one.head, None, None, None]
-            which: list[tuple[bool, int]] = []  # whether an argument stands in rest, and where
-            for x in one.args:
-                if not isinstance(x, _Source):
-                    which.append((True, len(rest)))
-                    rest.append(x)
-                elif x.shift:
-                    which.append((False, at + len(shifted)))
-                    shifted.append((place[x.buffer][x.i], x.shift))
-                else:
-                    which.append((False, place[x.buffer][x.i]))
-            at += len(shifted)
-            # a launcher takes grid, stream, function, its metadata, and three hooks that are absent
-            first = [at, at + 1, at + 2, 0, *range(at + 3, at + 8)]
-            pick = operator.itemgetter(*first, *[at + i if static else i for static, i in which])
-            done = tuple(i for i in range(one.after) if i not in kept and max(used.get(i, -1), _made_at(self._launches, i)) == n)
-            steps.append(Step(tuple(self._buffers[before : one.after]), tuple(shifted), one.run, pick, tuple(rest), done))
+                place[_Source(True, i)] = count
+                count += 1
+            shifted = []
+            end = 1 + max(i for i, x in enumerate(one.args) if isinstance(x, _Source))
+            for x in one.args[:end]:
+                if isinstance(x, _Source) and x not in place:
+                    place[x] = count
+                    shifted.append((place[x._replace(shift=0)], x.shift))
+                    count += 1
+            rest = [x for x in one.args[:end] if not isinstance(x, _Source)]
+            static = iter(range(count, count + len(rest)))
+            pick = operator.itemgetter(*[place[x] if isinstance(x, _Source) else next(static) for x in one.args[:end]])
+            done = tuple(i for i in range(one.after) if i not in kept and max(last.get(i, 0), _made_at(self._launches, i)) == n)
+            made = tuple(self._buffers[before : one.after])
+            steps.append(Step(made, tuple(shifted), one.run, one.grid, one.head, pick, tuple(rest), one.args[end:], done))
             before = one.after
         return Tape(self._device, tuple(steps), type(result), results, self._kept)
 
