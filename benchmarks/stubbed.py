@@ -23,6 +23,9 @@ from triton.runtime.jit import JITFunction
 
 import fla_dispatch as fd
 from fla_dispatch import settings
+from fla_dispatch.dispatch.memory import Memory
+from fla_dispatch.kernels._shared import launch as launching
+from fla_dispatch.kernels._shared import tape
 from fla_dispatch.kernels._shared.step_cases import Sizes
 from fla_dispatch.kernels.delta_step.cases import make_inputs as delta_steps
 from fla_dispatch.kernels.scalar_step.cases import make_inputs as scalar_steps
@@ -38,7 +41,7 @@ class Driver:
         return 0
 
 
-def compiled() -> CompiledKernel:
+def compiled(launched: Callable[..., object] | None) -> CompiledKernel:
     """Triton's own compiled kernel and launcher around a C function that takes anything."""
     launcher = CudaLauncher.__new__(CudaLauncher)
     for name in ("global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align"):
@@ -47,28 +50,28 @@ def compiled() -> CompiledKernel:
     launcher.arg_annotations = launcher.kernel_signature = b""
     launcher.launch = "".format
     found = CompiledKernel.__new__(CompiledKernel)
-    found.module, found.function, found.packed_metadata, found._run = object(), 1, (4, 1, 0), launcher
+    found.module, found.function, found.packed_metadata, found._run = object(), 1, (4, 1, 0), launched or launcher
     found.src, found.name = None, "stub"
     return found
 
 
 @contextlib.contextmanager
-def stubbed() -> Iterator[None]:
-    """Triton variants may be named on a CPU, and their kernels do nothing."""
-    from fla_dispatch.kernels._shared import launch as launching
+def stubbed(launched: Callable[..., object] | None = None) -> Iterator[None]:
+    """Triton variants may be named on a CPU, and their kernels do nothing; launched: takes what their launcher would."""
+    kernels: dict[int, CompiledKernel] = {}
 
-    kernels: dict[Any, CompiledKernel] = {}
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> CompiledKernel:
+        found = kernels.setdefault(id(self), compiled(launched))
+        found[(*grid, 1, 1)[:3]](*args, *[options[p.name] for p in self.params[len(args) :]])
+        return found
+
     with (
-        mock.patch.object(JITFunction, "run", lambda self, *args, **options: kernels.setdefault(id(self), compiled())),
+        mock.patch.object(JITFunction, "run", run),
         mock.patch.object(triton.runtime.driver, "_active", Driver()),
         mock.patch.object(launching, "_compiled", {}),
         settings.override(interpret=True),
-        contextlib.ExitStack() as stack,
+        mock.patch.dict(tape.QUEUES, cpu=tape.Queue(lambda: None, lambda: False, lambda index: 0)),
     ):
-        with contextlib.suppress(ImportError):
-            from fla_dispatch.kernels._shared import tape
-
-            stack.enter_context(mock.patch.dict(tape.QUEUES, cpu=tape.Queue(lambda: None, lambda: False, lambda index: 0)))
         yield
 
 
@@ -131,19 +134,14 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(f"{'':44s} {'us':>8s} {'Python':>7s} {'C':>5s}   | remembered: us, Python, C")
+    print(f"{'':48s} {'us':>8s} {'Python':>7s} {'C':>5s}   | remembered: us, Python, C")
     with stubbed(), torch.autograd.set_multithreading_enabled(False):
         for name, call in calls():
             with torch.set_grad_enabled("backward" in name):
-                try:
-                    from fla_dispatch.dispatch.memory import Memory
-
-                    with mock.patch.object(Memory, "recall", lambda self, args, kwargs: None):
-                        whole = (us(call), *frames(call))
-                    found = "   | {:8.2f} {:7d} {:5d}".format(us(call), *frames(call))
-                except ImportError:
-                    whole, found = (us(call), *frames(call)), ""
-            print("{:44s} {:8.2f} {:7d} {:5d}".format(name, *whole) + found)
+                with mock.patch.object(Memory, "recall", lambda self, args, kwargs: None):
+                    whole = us(call), *frames(call)
+                found = us(call), *frames(call)
+            print("{:48s} {:8.2f} {:7d} {:5d}   | {:8.2f} {:7d} {:5d}".format(name, *whole, *found))
 
 
 if __name__ == "__main__":

@@ -123,9 +123,11 @@ class Memory:
         kinds = (len(args), *kwargs, *map(type, values))
         form = self._forms.get(kinds)
         if form is None:
-            if kinds not in self._forms and len(self._forms) < MOST:
-                self._forms[kinds] = _form(values)
-            return None
+            if kinds in self._forms or len(self._forms) >= MOST:
+                return None
+            form = self._forms[kinds] = _form(values)
+            if form is None:
+                return None
         given = form.tensors(values)
         if not given or forward_ad._current_level >= 0:
             return None
@@ -224,17 +226,25 @@ def _player(
     tape: Tape, written: tuple[int, ...], options: Any, finish: Callable[..., Any] | None
 ) -> Callable[[Sequence[torch.Tensor]], Any]:
     """Runs a remembered call that records no gradient; written: places of the tensors that it updates in place."""
-    ready = tape.ready
+    ready, end = tape.ready, finish or _pair(options.final_state)
+    first = None if len(written) != 1 else written[0]
 
     def play(given: Sequence[torch.Tensor]) -> Any:
         outputs = tape(given) if ready() else None
         if outputs is None:
             return None
-        if written:  # autograd cannot see that a kernel wrote
+        if first is not None:  # autograd cannot see that a kernel wrote
+            _wrote((given[first],))
+        elif written:
             _wrote([given[i] for i in written])
-        return finished(outputs, options, finish)
+        return end(outputs)
 
     return play
+
+
+def _pair(final_state: bool) -> Callable[[tuple[Any, ...]], Any]:
+    """What the user gets where a contract has no finish."""
+    return operator.itemgetter(0, 1) if final_state else lambda outputs: (outputs[0], None)
 
 
 def _recorder(

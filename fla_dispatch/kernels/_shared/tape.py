@@ -80,11 +80,18 @@ class Step(NamedTuple):
 class Tape:
     """What a function did, to be done again for other tensors of the same layout."""
 
-    __slots__ = ("_device", "_hooks", "_index", "_kept", "_kind", "_queue", "_results", "_steps")
+    __slots__ = ("_aligned", "_device", "_hooks", "_index", "_kept", "_kind", "_out", "_queue", "_standing", "_steps")
 
-    def __init__(self, device: torch.device, steps: tuple[Step, ...], kind: type[Any], results: tuple[Any, ...], kept: list[Any]) -> None:
+    def __init__(
+        self, device: torch.device, aligned: list[int], steps: tuple[Step, ...], kind: type[Any], results: tuple[Any, ...], kept: list[Any]
+    ) -> None:
+        self._aligned = operator.itemgetter(*aligned) if len(aligned) > 1 else lambda addresses: tuple(addresses[i] for i in aligned)
         self._queue, self._device, self._index, self._hooks = QUEUES[device.type], device, device.index, launching.hooks()
-        self._steps, self._kind, self._results, self._kept = steps, kind, results, kept
+        self._steps, self._kind, self._kept = steps, kind, kept
+        self._standing = tuple(x for x in results if type(x) is not int)  # None, and what stands for outputs that were not asked for
+        buffers, standing = sum(len(step.made) for step in steps), iter(range(len(self._standing)))
+        out = [x if type(x) is int else buffers + next(standing) for x in results]
+        self._out = operator.itemgetter(*out) if len(out) > 1 else operator.itemgetter(slice(out[0], out[0] + 1))
 
     def ready(self) -> bool:
         """Whether launches now are like those that were watched: on the current device, into no graph, with nobody looking on."""
@@ -93,16 +100,18 @@ class Tape:
             queue.device() == self._index
             and not queue.capturing()
             and launching._recorded is None
-            and not (hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+            and not getattr(hooks.launch_enter_hook, "calls", hooks.launch_enter_hook)  # a chain of hooks, a hook or None
+            and not getattr(hooks.launch_exit_hook, "calls", hooks.launch_exit_hook)
         )
 
     def __call__(self, given: Sequence[torch.Tensor]) -> Any:
-        """The function's outputs for these tensors; None, and nothing done, where one does not begin at a multiple of 16 bytes."""
+        """The function's outputs for these tensors; None, and nothing done, where one that began at a multiple of 16 bytes does not."""
         addresses = [*map(_address, given)]
-        if functools.reduce(operator.or_, addresses) & 15:
+        if functools.reduce(operator.or_, self._aligned(addresses), 0) & 15:
             return None
         stream = self._queue.stream(self._index)
         buffers: list[Any] = []
+        x: Any
         for made, shifted, run, grid, head, pick, rest, tail, done in self._steps:
             for like, shape, stride, dtype in made:
                 if like < 0:
@@ -111,12 +120,13 @@ class Tape:
                     x = torch.empty_like(given[like])
                 buffers.append(x)
                 addresses.append(x.data_ptr())
+            x = None
             for of, shift in shifted:
                 addresses.append(addresses[of] + shift)
             run(*grid, stream, *head, *pick((*addresses, *rest)), *tail)
             for i in done:
                 buffers[i] = None
-        return _new(self._kind, [buffers[x] if type(x) is int else x for x in self._results])
+        return _new(self._kind, self._out((*buffers, *self._standing)))
 
 
 class _Source(NamedTuple):
@@ -229,6 +239,10 @@ class Watch(TorchDispatchMode):
         results = self._results(result)
         if not self._launches or self._launches[-1].after != len(self._buffers):
             self._no("no launch, or buffers after the last")
+        aligned = [i for i, x in enumerate(self._given) if x.data_ptr() % 16 == 0]
+        views = {x.i for one in self._launches for x in one.args if isinstance(x, _Source) and x.shift and not x.buffer}
+        if not views <= {*aligned}:
+            self._no("a view of a tensor that begins at no multiple of 16 bytes")
         if self.fault:
             return None
         last = {x.i: n for n, one in enumerate(self._launches) for x in one.args if isinstance(x, _Source) and x.buffer}
@@ -253,7 +267,7 @@ class Watch(TorchDispatchMode):
             made = tuple(self._buffers[before : one.after])
             steps.append(Step(made, tuple(shifted), one.run, one.grid, one.head, pick, tuple(rest), one.args[end:], done))
             before = one.after
-        return Tape(self._device, tuple(steps), type(result), results, self._kept)
+        return Tape(self._device, aligned, tuple(steps), type(result), results, self._kept)
 
 
 def _made_at(launches: list[_Launched], buffer: int) -> int:
