@@ -15,7 +15,6 @@ from benchmarks.stubbed import stubbed
 from fla_dispatch import settings
 from fla_dispatch.dispatch.memory import Memory
 from fla_dispatch.errors import CallError
-from fla_dispatch.kernels._shared import launch as launching
 from fla_dispatch.kernels._shared import tape
 from fla_dispatch.kernels._shared.step_cases import Sizes
 from fla_dispatch.kernels.delta_step.cases import make_inputs as delta_steps
@@ -274,7 +273,7 @@ def test_captures_and_other_devices_take_the_whole_road(
 def test_hooks_of_launches_are_called(seen: list[Seen], played: list[tape.Tape]) -> None:
     handle, args = remembered()
     played.clear()
-    chain = launching.hooks().launch_enter_hook
+    chain = tape._hooks().launch_enter_hook
     told: list[Any] = []
     chain.add(told.append)
     try:

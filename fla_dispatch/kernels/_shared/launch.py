@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Launch(NamedTuple):
@@ -29,15 +27,6 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Launch] | None = None
-
-
-class _Watching(threading.local):
-    """Who is told of this thread's launches: launched(compiled kernel, grid, all arguments in its order, constants)."""
-
-    launched: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None] | None = None
-
-
-watching = _Watching()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int) -> None:
@@ -129,29 +118,18 @@ def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: d
     found = None if key is None else _compiled.get(key)
     if found is not None:
         compiled, names = found
-        args = (*args, *[constants[name] for name in names])
-        _call(compiled[(*grid, 1, 1)[:3]], args, {}, constants)
-        if watching.launched is not None:
-            watching.launched(compiled, grid, args, constants)
+        _call(compiled[(*grid, 1, 1)[:3]], (*args, *[constants[name] for name in names]), {}, constants)
         return
     # floating-point fusion is set on purpose: compilers change its default between releases
     compiled = _call(kernel[grid], args, {**constants, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}, constants)
-    names = tuple(p.name for p in kernel.params[len(args) :]) if hasattr(compiled, "packed_metadata") else ()
-    if key is not None and names:
-        _compiled[key] = compiled, names
-    if watching.launched is not None:
-        watching.launched(compiled, grid, (*args, *[constants[name] for name in names]), constants)
+    if key is not None and hasattr(compiled, "packed_metadata"):
+        _compiled[key] = compiled, tuple(p.name for p in kernel.params[len(args) :])
 
 
 def _call(run: Any, args: tuple[Any, ...], options: dict[str, Any], constants: dict[str, Any]) -> Any:
     if constants.get("TMA"):  # descriptors made by a kernel live in scratch memory, whose allocator is a context variable
         return contextvars.copy_context().run(_with_scratch, run, args, options)
     return run(*args, **options)
-
-
-def with_scratch(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A launcher that is called with an allocator of scratch memory, in a context of its own."""
-    return lambda *args: contextvars.copy_context().run(_with_scratch, run, args, {})
 
 
 def _with_scratch(run: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -163,15 +141,7 @@ def _with_scratch(run: Any, args: tuple[Any, ...], options: dict[str, Any]) -> A
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     """Scratch of one launch, in the order of the current stream: it may be reused as soon as the kernel is launched."""
-    with contextlib.nullcontext() if watching.launched is None else _disable_current_modes():  # it is no buffer of the variant's
-        return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def hooks() -> Any:
-    """Where Triton keeps what it calls around every launch (`launch_enter_hook`, `launch_exit_hook`)."""
-    import triton
-
-    return triton.knobs.runtime
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 @contextlib.contextmanager

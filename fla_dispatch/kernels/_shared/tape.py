@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch._C._dynamo.guards import TensorGuards
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from . import launch as launching
 
@@ -47,6 +48,13 @@ class Queue(NamedTuple):
 QUEUES: dict[str, Queue] = {}
 if hasattr(torch._C, "_cuda_getCurrentRawStream"):
     QUEUES["cuda"] = Queue(torch._C._cuda_getDevice, torch._C._cuda_isCurrentStreamCapturing, torch._C._cuda_getCurrentRawStream)
+
+
+def _hooks() -> Any:
+    """Where Triton keeps what it calls around every launch."""
+    import triton
+
+    return triton.knobs.runtime
 
 
 class Buffer(NamedTuple):
@@ -86,7 +94,7 @@ class Tape:
         self, device: torch.device, aligned: list[int], steps: tuple[Step, ...], kind: type[Any], results: tuple[Any, ...], kept: list[Any]
     ) -> None:
         self._aligned = operator.itemgetter(*aligned) if len(aligned) > 1 else lambda addresses: tuple(addresses[i] for i in aligned)
-        self._queue, self._device, self._index, self._hooks = QUEUES[device.type], device, device.index, launching.hooks()
+        self._queue, self._device, self._index, self._hooks = QUEUES[device.type], device, device.index, _hooks()
         self._steps, self._kind, self._kept = steps, kind, kept
         self._standing = tuple(x for x in results if type(x) is not int)  # None, and what stands for outputs that were not asked for
         buffers, standing = sum(len(step.made) for step in steps), iter(range(len(self._standing)))
@@ -148,11 +156,11 @@ class _Launched(NamedTuple):
 
 
 class Watch(TorchDispatchMode):
-    """Notes what a function makes and launches while it is entered. fault: why there can be no tape, or ''."""
+    """Notes what a function makes while it is entered, and launches that come to `append`. fault: why there can be no tape, or ''."""
 
     def __init__(self, given: Sequence[torch.Tensor]) -> None:
         super().__init__()
-        self.fault = ""
+        self.fault, self._thread = "", threading.get_ident()
         self._given, self._device = given, given[0].device
         self._by_id = {id(x): i for i, x in enumerate(given)}
         self._by_storage: dict[int, list[tuple[_Source, int]]] = {}
@@ -161,14 +169,6 @@ class Watch(TorchDispatchMode):
         self._buffers: list[Buffer] = []
         self._launches: list[_Launched] = []
         self._kept: list[torch.Tensor] = []
-
-    def __enter__(self) -> Watch:
-        launching.watching.launched = self._launched
-        return super().__enter__()
-
-    def __exit__(self, *raised: Any) -> None:
-        launching.watching.launched = None
-        super().__exit__(*raised)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -193,14 +193,21 @@ class Watch(TorchDispatchMode):
         like = next((i for i, y in enumerate(self._given) if whole and y.is_contiguous() and (y.shape, y.stride(), y.dtype) == layout), -1)
         self._buffers.append(Buffer(like, *layout))
 
-    def _launched(self, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        """Told by `launch`: what Triton looked up for these arguments is right for all of one layout."""
+    def append(self, one: launching.Launch) -> None:
+        """Runs a launch that `launch` writes down here, and notes it if this thread is watched."""
+        if 0 in one.grid:
+            return
+        with torch.cuda.device_of(one.args[0]), _disable_current_modes():  # scratch memory is no buffer of the function's
+            compiled = _run(one)
+        if threading.get_ident() != self._thread:
+            return
         if not hasattr(compiled, "function"):
             self._no("a kernel that is interpreted")
             return
-        run = launching.with_scratch(compiled.run) if constants.get("TMA") else compiled.run
+        args = (*one.args, *[one.constants[p.name] for p in one.kernel.params[len(one.args) :]])
+        run = _with_scratch(compiled.run) if one.constants.get("TMA") else compiled.run
         head = (compiled.function, compiled.packed_metadata, None, None, None)
-        self._launches.append(_Launched(len(self._buffers), run, (*grid, 1, 1)[:3], head, tuple(map(self._source, args))))
+        self._launches.append(_Launched(len(self._buffers), run, (*one.grid, 1, 1)[:3], head, tuple(map(self._source, args))))
 
     def _source(self, x: Any) -> Any:
         """What stands for an argument: a _Source for a tensor of the call, an address for one that was there before, else itself."""
@@ -275,12 +282,39 @@ def _made_at(launches: list[_Launched], buffer: int) -> int:
     return next(n for n, one in enumerate(launches) if buffer < one.after)
 
 
+def _run(one: launching.Launch) -> Any:
+    """Launch as `launch` does; returns what was launched, which is right for all calls of one layout."""
+    key = launching._key(one.kernel, one.args, one.constants, one.warps, one.stages)
+    if key is not None:
+        launching._run(*one)
+        return launching._compiled.get(key, (None,))[0]
+    options = {**one.constants, "num_warps": one.warps, "num_stages": one.stages, "enable_fp_fusion": True}
+    return launching._call(one.kernel[one.grid], one.args, options, one.constants)
+
+
+def _with_scratch(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher that is called with an allocator of scratch memory, as launches of kernels with descriptors are."""
+    return lambda *args: launching._call(run, args, {}, {"TMA": True})
+
+
+_watching = threading.Lock()
+
+
 def watched(run: Callable[[], Any], given: Sequence[torch.Tensor]) -> tuple[Any, Tape | None]:
-    """What `run` returns, and its tape if it can have one. given: every tensor that it reads, without repetition."""
-    if given[0].device.type not in QUEUES:
+    """What `run` returns, and its tape if it can have one. given: every tensor that it reads, without repetition.
+
+    The watch stands where `record` writes launches down, and runs them; launches of other threads pass through it unnoted.
+    """
+    if given[0].device.type not in QUEUES or launching._recorded is not None or not _watching.acquire(blocking=False):
         return run(), None
-    with Watch(given) as watch:
-        result = run()
+    watch = Watch(given)
+    try:
+        launching._recorded = watch  # type: ignore[assignment]
+        with watch:
+            result = run()
+    finally:
+        launching._recorded = None
+        _watching.release()
     return result, watch.tape(result)
 
 
