@@ -15,7 +15,7 @@ from .. import registry, settings
 from ..registry import Variant
 from .bridge import get_bridge
 from .function import finished, run, run_ops
-from .memory import memory_of
+from .memory import Memory, memory_of
 from .tiers import check_choice
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class OpHandle:
         self.name, self.mode = name, mode
         self.contract = found.contract  #: documents the arguments, the equation and the result
         self.bridge = get_bridge(found.recurrence)
-        self.memory = memory_of(self)
+        self.memory: Memory | None = None  #: found by the first call outside of traces
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the op; the arguments and the result are those of its contract (see `help(handle.contract)`).
@@ -74,6 +74,8 @@ class OpHandle:
         Raises CallError (a ValueError) for a wrong call and RefusedError when the forced choice must refuse it.
         """
         if not _is_compiling() and _scope.get() is None:
+            if self.memory is None:
+                self.memory = memory_of(self)
             found = self.memory.recall(args, kwargs)
             if found is not None:
                 return found
