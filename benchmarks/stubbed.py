@@ -113,35 +113,35 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         x = make(op, sizes, torch.bfloat16, "cpu", pool="slots", options=options)
         handle = fd.op(op, mode="step_triton")
         yield op, lambda handle=handle, x=x: handle(*x.args, **x.kwargs)
-    for op, mode in (
-        ("gated_delta", "chunk_triton"),
-        ("gated_delta", "recurrent_triton"),
-        ("delta", "chunk_triton"),
-        ("retention", "chunk_triton"),
-    ):
+    small: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("gated_delta", "chunk_triton", {}), ("gated_delta", "chunk_triton", {"use_qk_l2norm": True, "use_beta_sigmoid": True}),
+        ("gated_delta", "recurrent_triton", {}), ("delta", "chunk_triton", {}), ("retention", "chunk_triton", {}),
+    )  # fmt: skip
+    for op, mode, options in small:
         shape = (1, 64, 4, 128)
         q, k, v = (torch.randn(shape, dtype=torch.float16) for _ in range(3))
         gates = [torch.rand(shape[:3]) * -1, torch.rand(shape[:3])]
         given = [q, k, v, *{"gated_delta": gates, "delta": gates[1:], "retention": []}[op]]
         leaves, do = [x.clone().requires_grad_() for x in given], torch.randn_like(v)
         handle = fd.op(op, mode=mode)
-        yield f"{op} {mode}, forward", lambda handle=handle, given=given: handle(*given)
+        title = f"{op} {mode}{', prepared' if options else ''}"
+        yield f"{title}, forward", lambda handle=handle, given=given, options=options: handle(*given, **options)
         yield (
-            f"{op} {mode}, forward + backward",
-            lambda handle=handle, leaves=leaves, do=do: torch.autograd.grad(handle(*leaves)[0], leaves, do),
+            f"{title}, forward + backward",
+            lambda handle=handle, leaves=leaves, do=do, options=options: torch.autograd.grad(handle(*leaves, **options)[0], leaves, do),
         )
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(f"{'':48s} {'us':>8s} {'Python':>7s} {'C':>5s}   | remembered: us, Python, C")
+    print(f"{'':56s} {'us':>8s} {'Python':>7s} {'C':>5s}   | remembered: us, Python, C")
     with stubbed(), torch.autograd.set_multithreading_enabled(False):
         for name, call in calls():
             with torch.set_grad_enabled("backward" in name):
-                with mock.patch.object(Memory, "recall", lambda self, args, kwargs: None):
+                with mock.patch.object(Memory, "recall", lambda *_: None), mock.patch.object(Memory, "prepared", lambda *_: None):
                     whole = us(call), *frames(call)
                 found = us(call), *frames(call)
-            print("{:48s} {:8.2f} {:7d} {:5d}   | {:8.2f} {:7d} {:5d}".format(name, *whole, *found))
+            print("{:56s} {:8.2f} {:7d} {:5d}   | {:8.2f} {:7d} {:5d}".format(name, *whole, *found))
 
 
 if __name__ == "__main__":

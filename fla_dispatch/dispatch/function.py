@@ -140,6 +140,8 @@ _plain_kinds: set[tuple[type, ...]] = set()
 
 def is_plain(kinds: tuple[type, ...]) -> bool:
     """Whether all types are plain tensors or None; remembered, because there are few patterns and one check per call."""
+    if kinds in _plain_kinds:
+        return True
     found = all(kind in (Tensor, Parameter, NoneType) for kind in kinds)
     if found:
         _plain_kinds.add(kinds)
@@ -156,7 +158,7 @@ def run(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> tuple
         plan = bridge.plans.lookup(tensors, options, None, choice)
         return plan.forward(plan.forward_config, tensors, options)
     kinds = tuple(map(type, tensors))
-    if (kinds not in _plain_kinds and not is_plain(kinds)) or _modes_active() or tensors[0].is_meta:
+    if not is_plain(kinds) or _modes_active() or tensors[0].is_meta:
         bridge.count_flops()
         return run_ops(bridge, tensors, options, choice)
     bridge.check(tensors, options)

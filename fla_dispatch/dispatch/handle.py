@@ -82,6 +82,10 @@ class OpHandle:
         _, tensors, options, prepare, finish = self.contract(*args, **kwargs)
         if prepare is not None:
             tensors = prepare(tensors)
+            if not _is_compiling() and _scope.get() is None and self.memory is not None:
+                found = self.memory.prepared(tensors, options)
+                if found is not None:
+                    return finished(found, options, finish)
         if _is_compiling():
             outputs = run_ops(self.bridge, tensors, options, self.choice())
         elif self.mode == "auto" and not settings.current.use and _scope.get() is None:

@@ -109,6 +109,7 @@ class Memory:
 
     def _refresh(self) -> None:
         self._forms: dict[tuple[Any, ...], Form | None] = {}
+        self._prepared: dict[tuple[Any, ...], list[Repeat]] = {}
         self._keys = 0
         self._registry_epoch, self._settings_epoch, self._tuning_epoch = registry.epoch, settings.epoch, tuning.epoch
 
@@ -134,10 +135,7 @@ class Memory:
         key = (form.options(values), given[0].numel(), _grad(), _deterministic())
         calls = form.calls.get(key)
         if calls is None:
-            self._keys += 1
-            if self._keys > MOST:
-                self._refresh()
-            form.calls[key] = []
+            self._first(form.calls, key)
             return None
         for alike, play in calls:
             if alike(*given):
@@ -145,6 +143,39 @@ class Memory:
         if len(calls) >= LAYOUTS or not at_rest(given):
             return None
         return self._learn(calls, given, args, kwargs)
+
+    def _first(self, calls: dict[tuple[Any, ...], list[Repeat]], key: tuple[Any, ...]) -> None:
+        """Note that a call was seen once."""
+        self._keys += 1
+        if self._keys > MOST:
+            self._refresh()
+        calls[key] = []
+
+    def prepared(self, tensors: Any, options: Any) -> tuple[Any, ...] | None:
+        """All outputs of a checked call whose tensors torch has prepared, if it is like a remembered one; `recall` came before."""
+        kinds = (*map(type, tensors),)
+        if not is_plain(kinds) or forward_ad._current_level >= 0:
+            return None
+        key = (options, kinds, tensors[0].numel(), _grad(), _deterministic())
+        calls = self._prepared.get(key)
+        if calls is None:
+            self._first(self._prepared, key)
+            return None
+        given = [x for x in tensors if x is not None]
+        for alike, play in calls:
+            if alike(*given):
+                found: tuple[Any, ...] | None = play(given)
+                return found
+        sources = sources_of(tensors, given)
+        if len(calls) >= LAYOUTS or sources is None or not at_rest(given):
+            return None
+        bridge, choice = self._handle.bridge, self._handle.choice()
+        bridge.check(tensors, options)
+        recording = _grad() and needs_grad(bridge, tensors)
+        plan = bridge.plans.lookup(tensors, options, recording, choice)
+        outputs, repeat = remember(bridge, plan, tensors, options, tuple, choice, given, sources, recording)
+        calls.append(repeat)
+        return tuple(outputs)
 
     def _learn(self, calls: list[Repeat], given: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that has been seen before and remember it; None, and nothing run, where it is one that takes the whole road."""
