@@ -68,8 +68,7 @@ class Form(NamedTuple):
     calls: dict[tuple[Any, ...], list[Repeat]]
 
 
-def _no_options(values: tuple[Any, ...]) -> None:
-    return None
+_NO_OPTIONS = operator.itemgetter(slice(0))
 
 
 def _flat(pair: type[tuple[Any, ...]], count: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -93,7 +92,7 @@ def _form(values: tuple[Any, ...]) -> Form | None:
     if len(pairs) > 1 or len(at) + len(pairs) + len(options) + nothing < len(values) or len(at) < 2:
         return None
     tensors = functools.partial(_flat, type(pairs[0]), len(at) + len(pairs[0])) if pairs else operator.itemgetter(*at)
-    return Form(tensors, operator.itemgetter(*options) if options else _no_options, {})
+    return Form(tensors, operator.itemgetter(*options) if options else _NO_OPTIONS, {})
 
 
 def _whole_road(given: Sequence[torch.Tensor]) -> None:

@@ -7,6 +7,7 @@ operator of torch, a kernel past `launch`) has no tape, and runs as it is writte
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 import threading
@@ -22,6 +23,7 @@ from . import launch as launching
 _aten = torch.ops.aten
 _MAKES = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 _address = torch.Tensor.data_ptr
+_low_bits = (15).__and__
 _new = tuple.__new__
 
 
@@ -115,7 +117,7 @@ class Tape:
     def __call__(self, given: Sequence[torch.Tensor]) -> Any:
         """The function's outputs for these tensors; None, and nothing done, where one that began at a multiple of 16 bytes does not."""
         addresses = [*map(_address, given)]
-        if functools.reduce(operator.or_, self._aligned(addresses), 0) & 15:
+        if any(map(_low_bits, self._aligned(addresses))):
             return None
         stream = self._queue.stream(self._index)
         buffers: list[Any] = []
@@ -207,6 +209,8 @@ class Watch(TorchDispatchMode):
         args = (*one.args, *[one.constants[p.name] for p in one.kernel.params[len(one.args) :]])
         run = _with_scratch(compiled.run) if one.constants.get("TMA") else compiled.run
         head = (compiled.function, compiled.packed_metadata, None, None, None)
+        if not one.constants.get("TMA"):
+            run, head = _direct(run, head)
         self._launches.append(_Launched(len(self._buffers), run, (*one.grid, 1, 1)[:3], head, tuple(map(self._source, args))))
 
     def _source(self, x: Any) -> Any:
@@ -290,6 +294,19 @@ def _run(one: launching.Launch) -> Any:
         return launching._compiled.get(key, (None,))[0]
     options = {**one.constants, "num_warps": one.warps, "num_stages": one.stages, "enable_fp_fusion": True}
     return launching._call(one.kernel[one.grid], one.args, options, one.constants)
+
+
+def _direct(run: Any, head: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The C function under Triton's launcher, and what it takes between stream and arguments; the launcher itself where it does more."""
+    if not hasattr(run, "launch") or getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1):
+        return run, head
+    marks, found = [object() for _ in range(6)], []
+    probe = copy.copy(run)
+    probe.launch = lambda *args: found.append(args)
+    probe(1, 1, 1, *marks[:1], *head, *marks[1:])
+    inner = found[0][4 : len(found[0]) - 5]
+    plain = found[0] == (1, 1, 1, marks[0], *inner, *marks[1:]) and not any(x is y for x in inner for y in marks)
+    return (run.launch, inner) if plain else (run, head)
 
 
 def _with_scratch(run: Callable[..., Any]) -> Callable[..., Any]:
