@@ -163,6 +163,7 @@ class Recurrence:
     empty_outputs(tensors, options) -> new empty outputs (also of fake tensors); absent ones are empty(0).
     residuals(tensors, outputs, options) -> what backward needs, of fixed arity.
     check(tensors, options): host-side checks of values, run inside the op.
+    valued: names of the tensors whose values, not their layout alone, a check or a variant's Python may depend on (packings).
     problem(tensors, options, grad) -> Problem; facts(tensors, options) -> a cheap hashable that determines its Key.
     flops(tensors, options) -> multiply-adds times two of the forward's chunk form.
     workload: what the tuner needs; a recurrence without one is never measured.
@@ -185,6 +186,7 @@ class Recurrence:
     variants: tuple[Variant, ...]
     workload: Workload | None = None
     mutates: tuple[str, ...] = ()
+    valued: tuple[str, ...] = ()
 
     def variant(self, name: str) -> Variant:
         for v in self.variants:
@@ -243,6 +245,8 @@ def _check_fields(r: Recurrence) -> None:
         raise RegistrationError(f"{r.name}: outputs {r.outputs._fields} must begin with those that carry gradients, {carried}")
     if r.saved._fields[0] != "tensors" or not set(r.saved._fields[1:]) <= set(r.outputs._fields):
         raise RegistrationError(f"{r.name}: `saved` must hold `tensors` first, then outputs")
+    if not set(r.valued) <= set(r.tensors._fields):
+        raise RegistrationError(f"{r.name}: `valued` must name tensors, got {r.valued}")
     if not r.mutates and "final_state" not in r.options._fields:
         raise RegistrationError(f"{r.name}: options have no field `final_state`")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fla_dispatch.kernels._shared import launch as launching
+from fla_dispatch.kernels._shared import tape
 from fla_dispatch.kernels._shared.launch import launch
 
 
@@ -106,6 +107,35 @@ def test_the_interpreter_is_always_called(kernel: Kernel, monkeypatch: pytest.Mo
 def test_an_empty_grid_launches_nothing(kernel: Kernel) -> None:
     launch(kernel, (5, 0), (X, None, 16, 7), CONSTANTS, 4, 3)
     assert not kernel.slow
+
+
+class Launcher:
+    """Stands in for Triton's, around a C function."""
+
+    global_scratch_size = profile_scratch_size = 0
+
+    def __init__(self, launch: Any = "a C function") -> None:
+        self.launch = launch
+
+    def __call__(self, x: int, y: int, z: int, stream: Any, function: Any, *args: Any) -> None:
+        self.launch(x, y, z, stream, function, False, None, *args)
+
+
+class Packing(Launcher):
+    def __call__(self, x: int, y: int, z: int, stream: Any, function: Any, *args: Any) -> None:
+        self.launch(x, y, z, stream, function, args)
+
+
+class WithScratch(Launcher):
+    global_scratch_size = 64
+
+
+def test_a_launcher_that_only_adds_arguments_is_passed_by() -> None:
+    head = ("function", "metadata", None)
+    run = Launcher()
+    assert tape._direct(run, head) == (run.launch, ("function", False, None, "metadata", None))
+    for other in (Packing(), WithScratch(), print):
+        assert tape._direct(other, head) == (other, head)
 
 
 def test_a_kernel_has_one_name_on_disk_whichever_runs_first() -> None:

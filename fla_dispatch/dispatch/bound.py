@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ..errors import CallError
 from ..sequences import SeqInfo
-from .function import needs_grad, run_recording
+from .function import finished, needs_grad, run_recording
+from .memory import Repeat, at_rest, remember, sources_of, stateless
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -22,20 +23,19 @@ def _is_tensors(x: object) -> bool:
     return isinstance(x, (torch.Tensor, SeqInfo)) or (isinstance(x, tuple) and any(isinstance(y, torch.Tensor) for y in x))
 
 
-def _stateless(function: Callable[..., Any] | None) -> bool:
-    """Whether a contract's prepare or finish holds nothing of the example call."""
-    return function is None or (isinstance(function, types.FunctionType) and function.__closure__ is None)
-
-
 class BoundHandle:
     """Runs the plan that `OpHandle.bind` resolved; made by `handle.bind(*example_arguments)`.
 
     A call takes the tensors that bind was given, in the same places; options stay as bound. Where the recurrence takes
-    the arguments as they are, a call compares their shapes, dtypes, devices and contiguity with the example's and runs;
-    where the op computes with them first (or unpacks a SeqInfo), its contract runs each time and only choosing is saved.
+    the arguments as they are, a call compares their shapes, dtypes, devices and contiguity with the example's and runs, from the
+    third on as a remembered call does (memory.py); where the op computes with them first (or unpacks a SeqInfo), its contract runs
+    each time and only choosing is saved.
     """
 
-    __slots__ = ("_device", "_expected", "_facts", "_finish", "_grad", "_names", "_options", "_options_given", "_sources", "handle", "plan")
+    __slots__ = (
+        "_device", "_expected", "_facts", "_finish", "_grad", "_names", "_options", "_options_given", "_repeats", "_sources", "handle",
+        "plan",
+    )  # fmt: skip
 
     def __init__(self, handle: OpHandle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bridge = handle.bridge
@@ -44,9 +44,10 @@ class BoundHandle:
         self._options_given = {name: x for name, x in kwargs.items() if name not in self._names}
         _, tensors, self._options, prepare, self._finish = handle.contract(*args, **kwargs)
         given = (*args, *(kwargs[name] for name in self._names))
-        sources = [None if x is None else next((i for i, y in enumerate(given) if y is x), -1) for x in tensors]
-        as_they_are = prepare is None and _stateless(self._finish) and -1 not in sources and {*sources} - {None} == {*range(len(given))}
-        self._sources = tuple(sources) if as_they_are else None
+        sources = sources_of(tensors, given)
+        as_they_are = prepare is None and stateless(self._finish) and sources is not None
+        self._sources = sources if as_they_are else None
+        self._repeats: dict[bool, Repeat | None] = {}  # by whether gradients are on; None: seen once
         self._expected = tuple((x.shape, x.dtype, x.get_device(), x.is_contiguous()) for x in given) if as_they_are else ()
         if prepare is not None:
             tensors = prepare(tensors)
@@ -65,6 +66,11 @@ class BoundHandle:
         given = (*args, *[kwargs.pop(name) for name in self._names]) if kwargs and kwargs.keys() == {*self._names} else args
         if kwargs or len(given) != len(self._expected):
             self._wrong_arguments()
+        repeat = self._repeats.get(torch.is_grad_enabled())
+        if repeat is not None and forward_ad._current_level < 0 and repeat.alike(*given):
+            found = repeat.play(given)
+            if found is not None:
+                return found
         grad = False
         try:
             for x, (shape, dtype, device, contiguous) in zip(given, self._expected):  # noqa: B905  strict costs, lengths are equal
@@ -76,23 +82,28 @@ class BoundHandle:
             self._wrong_arguments()
         # tuple.__new__ makes the NamedTuple without a call of its Python __new__
         tensors = tuple.__new__(self.handle.bridge.tensors, [None if i is None else given[i] for i in self._sources])
-        return self._run(tensors, self._finish, grad)
+        return self._run(tensors, self._finish, grad, given)
 
-    def _run(self, tensors: Any, finish: Callable[..., Any] | None, grad: bool) -> Any:
+    def _run(self, tensors: Any, finish: Callable[..., Any] | None, grad: bool, given: tuple[Any, ...] = ()) -> Any:
         bridge, plan, options = self.handle.bridge, self.plan, self._options
         bridge.check(tensors, options)
-        if grad and torch.is_grad_enabled():
-            if not self._grad:
-                raise CallError(
-                    f"{self.handle.name}: bound call: expected tensors without gradient as in bind, got one that requires it. "
-                    "To fix: bind with tensors that require gradients, or call under torch.no_grad()."
-                )
+        recording = grad and torch.is_grad_enabled()
+        if recording and not self._grad:
+            raise CallError(
+                f"{self.handle.name}: bound call: expected tensors without gradient as in bind, got one that requires it. "
+                "To fix: bind with tensors that require gradients, or call under torch.no_grad()."
+            )
+        enabled = torch.is_grad_enabled()
+        if given and enabled not in self._repeats:
+            self._repeats[enabled] = None
+        elif given and self._sources is not None and self._repeats[enabled] is None and at_rest(given):
+            result, self._repeats[enabled] = remember(bridge, plan, tensors, options, finish, None, given, self._sources, recording)
+            return result
+        if recording:
             outputs = run_recording(bridge, plan, tensors, options, None)
         else:
             outputs = plan.forward(plan.forward_config, tensors, options)
-        if finish is not None:
-            return finish(outputs)
-        return outputs[0], outputs[1] if options.final_state else None
+        return finished(outputs, options, finish)
 
     def _through_contract(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.keys() != {*self._names}:

@@ -61,6 +61,7 @@ class Bridge:
         self.plans = Plans(name)
         self.tensors, self.options, self.outputs, self.saved, self.output_grads = r.tensors, r.options, r.outputs, r.saved, r.output_grads
         self.residuals, self.check, self.empty_outputs, self.flops = r.residuals, r.check, r.empty_outputs, r.flops
+        self.valued, self.written = r.valued, tuple(r.tensors._fields.index(x) for x in r.mutates)
         self.positions = tuple(r.tensors._fields.index(x) for x in r.differentiable)
         self.others = tuple(i for i in range(len(r.tensors._fields)) if i not in self.positions)
         self.n_tensors, self.n_options, self.n_saved = len(r.tensors._fields), len(r.options._fields), len(r.saved._fields) - 1

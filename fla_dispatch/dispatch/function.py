@@ -7,6 +7,7 @@ variant runs as plain differentiable code, because these must see its operations
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import NoneType
 from typing import Any
 
@@ -115,6 +116,13 @@ def run_recording(bridge: Bridge, plan: Plan, tensors: Any, options: Any, choice
     return tuple(outputs)
 
 
+def finished(outputs: tuple[Any, ...], options: Any, finish: Callable[..., Any] | None) -> Any:
+    """What the user gets: of a contract without `finish` the output and the final state."""
+    if finish is not None:
+        return finish(outputs)
+    return outputs[0], outputs[1] if options.final_state else None
+
+
 def run_ops(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> tuple[Any, ...]:
     """All outputs through the library ops; the only road of traced code."""
     if not (torch.is_grad_enabled() and needs_grad(bridge, tensors)):
@@ -130,8 +138,10 @@ def run_ops(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> t
 _plain_kinds: set[tuple[type, ...]] = set()
 
 
-def _plain(kinds: tuple[type, ...]) -> bool:
+def is_plain(kinds: tuple[type, ...]) -> bool:
     """Whether all types are plain tensors or None; remembered, because there are few patterns and one check per call."""
+    if kinds in _plain_kinds:
+        return True
     found = all(kind in (Tensor, Parameter, NoneType) for kind in kinds)
     if found:
         _plain_kinds.add(kinds)
@@ -148,7 +158,7 @@ def run(bridge: Bridge, tensors: Any, options: Any, choice: str | None) -> tuple
         plan = bridge.plans.lookup(tensors, options, None, choice)
         return plan.forward(plan.forward_config, tensors, options)
     kinds = tuple(map(type, tensors))
-    if (kinds not in _plain_kinds and not _plain(kinds)) or _modes_active() or tensors[0].is_meta:
+    if not is_plain(kinds) or _modes_active() or tensors[0].is_meta:
         bridge.count_flops()
         return run_ops(bridge, tensors, options, choice)
     bridge.check(tensors, options)

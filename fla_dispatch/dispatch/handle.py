@@ -14,7 +14,8 @@ import torch
 from .. import registry, settings
 from ..registry import Variant
 from .bridge import get_bridge
-from .function import run, run_ops
+from .function import finished, run, run_ops
+from .memory import Memory, memory_of
 from .tiers import check_choice
 
 if TYPE_CHECKING:
@@ -58,31 +59,40 @@ def use(**choices: str) -> Iterator[None]:
 class OpHandle:
     """An op that can be called; made by `op(name, mode)`. A value: picklable, copyable, equal by name and mode."""
 
-    __slots__ = ("bridge", "contract", "mode", "name")
+    __slots__ = ("bridge", "contract", "memory", "mode", "name")
 
     def __init__(self, name: str, mode: str) -> None:
         found = registry.get_op(name)
         self.name, self.mode = name, mode
         self.contract = found.contract  #: documents the arguments, the equation and the result
         self.bridge = get_bridge(found.recurrence)
+        self.memory: Memory | None = None  #: found by the first call outside of traces
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the op; the arguments and the result are those of its contract (see `help(handle.contract)`).
 
         Raises CallError (a ValueError) for a wrong call and RefusedError when the forced choice must refuse it.
         """
+        if not _is_compiling() and _scope.get() is None:
+            if self.memory is None:
+                self.memory = memory_of(self)
+            found = self.memory.recall(args, kwargs)
+            if found is not None:
+                return found
         _, tensors, options, prepare, finish = self.contract(*args, **kwargs)
         if prepare is not None:
             tensors = prepare(tensors)
+            if not _is_compiling() and _scope.get() is None and self.memory is not None:
+                found = self.memory.prepared(tensors, options)
+                if found is not None:
+                    return finished(found, options, finish)
         if _is_compiling():
             outputs = run_ops(self.bridge, tensors, options, self.choice())
         elif self.mode == "auto" and not settings.current.use and _scope.get() is None:
             outputs = run(self.bridge, tensors, options, None)
         else:
             outputs = run(self.bridge, tensors, options, self.choice())
-        if finish is not None:
-            return finish(outputs)
-        return outputs[0], outputs[1] if options.final_state else None
+        return finished(outputs, options, finish)
 
     def choice(self) -> str | None:
         """What is forced now, or None: the handle's mode, then `use`, then the setting."""

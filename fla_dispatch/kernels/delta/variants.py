@@ -187,4 +187,5 @@ RECURRENCE = Recurrence(
     flops=recurrence.flops,
     variants=VARIANTS,
     workload=WORKLOAD,
+    valued=("cu",),
 )

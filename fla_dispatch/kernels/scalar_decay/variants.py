@@ -294,4 +294,5 @@ RECURRENCE = Recurrence(
     flops=recurrence.flops,
     variants=VARIANTS,
     workload=WORKLOAD,
+    valued=("cu",),
 )
