@@ -117,8 +117,8 @@ def cheapest(key: Problem) -> str:
 def test_the_shipped_table_ranks_what_differs_by_much() -> None:
     """Few long sequences want segments, many of them whole sweeps; segments are no longer than the sequences of a pack."""
     assert cheapest(sized(4, 32768)) == "chunk_triton"
-    assert cheapest(sized(512, 4096)) == "sweep_triton"
-    assert cheapest(sized(1024, 32768, N=256, mean_length=128, packed=True)) == "sweep_triton"
+    assert cheapest(sized(512, 4096)) == "sweep_gluon"
+    assert cheapest(sized(1024, 32768, N=256, mean_length=128, packed=True)) in ("sweep_triton", "sweep_gluon")
 
 
 @pytest.mark.parametrize("model", fit.MODELS.values(), ids=list(fit.MODELS))

@@ -24,7 +24,7 @@ H200 = "h200-sm90-132u-144g/triton3.6.0-ptxas12.8.93-eager"
 KEYS = Path(__file__).parents[1] / "benchmarks" / "shipped.toml"
 
 #: Records of a recurrence that are shipped at the least, both directions counted.
-LEAST = {"scalar_decay": 1900, "scalar_step": 160}
+LEAST = {"scalar_decay": 2700, "scalar_step": 160, "delta": 580, "delta_step": 90}
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,11 @@ def test_every_record_is_readable_and_made_by_this_code(shipped: stores.Store, r
 
 
 def test_the_estimate_is_close_to_what_was_measured(shipped: stores.Store) -> None:
-    """Where its choice was timed: at most a quarter slower than the best. The rest was estimated too slow to be timed, then refitted."""
+    """Where its choice was timed: 1 % slower than the best on average, more than a quarter in one record of 200, never 1.7 times as slow.
+    The rest was estimated too slow to be timed, then refitted."""
     found = summary(regrets(DATA))
-    assert found["records"] >= sum(LEAST.values()) and found["untimed"] <= 0.15 * found["records"]
-    assert found["worst"] <= 1.25 and found["geometric_mean"] <= 1.02
+    assert found["records"] >= sum(LEAST.values()) and found["untimed"] <= 0.25 * found["records"]
+    assert found["worst"] <= 1.7 and found["geometric_mean"] <= 1.015 and found["above_1.25"] <= 0.005 * found["records"]
 
 
 @pytest.mark.parametrize("rows", [1, 4])

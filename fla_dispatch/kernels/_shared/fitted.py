@@ -29,7 +29,7 @@ UNTRIED = 1.25
 SKEW = 1.9
 
 #: How far apart two shapes are that differ in a flag; 1 where it is not named.
-FLAGS = {"split": 2.0}
+FLAGS = {"split": 2.0, "gluon": 32.0, "states": 32.0, "parallel": 32.0}
 
 # -- facts of a problem ------------------------------------------------------------------------------------------------------
 
