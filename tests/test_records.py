@@ -170,7 +170,11 @@ def test_rules_by_example() -> None:
     assert pick([fast, near, slow], "near", ["fast", "near"]) == ("near", "default_guard")
     assert pick([fast, slow], "slow", [], "slow") == ("fast", "fastest")  # an incumbent outside the band is let go
     assert pick([fast, outcome("noisy", 110.0, mad=9.0)], "gone", ["noisy", "fast"]) == ("fast", "fastest")  # its own noise is no merit
-    assert pick([outcome("fast", 100.0, mad=4.0), outcome("near", 110.0)], "gone", ["near", "fast"]) == ("near", "band")
+    assert pick([outcome("fast", 100.0, mad=5.0), outcome("near", 110.0)], "gone", ["near", "fast"]) == ("near", "band")
+    often = outcome("fast", 100.0, mad=5.0)
+    assert often.timing is not None
+    often = often.model_copy(update={"timing": often.timing.model_copy(update={"rounds": 32})})
+    assert pick([often, outcome("near", 110.0)], "gone", ["near", "fast"]) == ("fast", "fastest")  # a median of many rounds is sure
     assert pick([fast, outcome("default", None, status="crash")], "default", []) == ("fast", "fastest")
     assert choose([outcome("a", None, status="wrong")], "a", []) is None and choose([], "a", []) is None
     chosen = choose([fast, near, slow], "slow", ["near", "fast"])

@@ -1,7 +1,7 @@
 """The rule that makes a choice of outcomes, and the merge of records that follows from it.
 
-The rule: candidates within max(2 %, 3 MAD) of the fastest median form a band, inside which timings cannot be told apart. Of
-the band the incumbent wins, then what is declared first, among those that beat the default by 2 %; if none does, the default
+The rule: candidates within max(2 %, 3 standard errors) of the fastest median form a band, inside which timings cannot be told apart: the
+error of the median of so many rounds, from their median absolute deviation. Of the band the incumbent wins, then what is declared first, among those that beat the default by 2 %; if none does, the default
 stays. So the choice depends neither on the order of measuring nor on noise below the band.
 """
 
@@ -13,8 +13,9 @@ from .records import Choice, DirectionName, Origin, Outcome, Record, now
 
 #: A candidate must be this much faster than the default, and is this close to the fastest when it is in the band.
 BAND = 0.02
-#: Noise of the fastest candidate's timing, in median absolute deviations, that widens the band.
-DEVIATIONS = 3.0
+#: Standard errors of the fastest candidate's median that widen the band; one is so many median absolute deviations over the root of
+#: the rounds (of normal samples: 1.4826 for their deviation, sqrt(pi / 2) for their median's).
+ERRORS, DEVIATIONS = 3.0, 1.858
 
 #: What is kept when two outcomes of one candidate and code disagree, first wins: a wrong, racy or crashing kernel stays so
 #: however often it also passed; running out of time or memory is the fault of a moment, which a later success mends.
@@ -54,7 +55,7 @@ def choose(
 
     fastest = min(times, key=lambda name: (times[name].median_us, *declared(name)))
     best = times[fastest]
-    limit = best.median_us + max(BAND * best.median_us, DEVIATIONS * best.mad_us)
+    limit = best.median_us + max(BAND * best.median_us, ERRORS * DEVIATIONS * best.mad_us / best.rounds**0.5)
     band = sorted((name for name in times if times[name].median_us <= limit), key=declared)
     default = times.get(default_fingerprint)
     able = [n for n in band if default is None or n == default_fingerprint or times[n].median_us * (1 + BAND) <= default.median_us]
