@@ -72,11 +72,10 @@ def qkv_like(where: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("packed", [False, True])
 def test_explain_for_devices_that_are_not_here(arch: str | None, packed: bool) -> None:
     for name in (name for name in fd.ops() if "T" in registry.get_op(name).sizes):
-        T = 32 if registry.get_op(name).recurrence == "delta" else 512  # token by token is for short calls, and delta has no chunk kernel
-        why = fd.explain(name, device=arch, packed=packed, grad=True, initial_state=True, output_final_state=True, T=T)
+        why = fd.explain(name, device=arch, packed=packed, grad=True, initial_state=True, output_final_state=True, T=512)
         assert why.tier in ("estimate", "reference")
         if arch not in (None, "cpu") and arch != "xe":
-            assert why.forward[0].endswith("_triton")
+            assert why.forward[0].endswith(("_triton", "_gluon") if arch == "sm90" else "_triton")
             assert "not here" in why.device
         assert packed == ("&packed" in why.key)
 
@@ -84,7 +83,8 @@ def test_explain_for_devices_that_are_not_here(arch: str | None, packed: bool) -
 def test_explain_of_a_forced_variant_reports_the_others_too() -> None:
     why = fd.explain("retention", device="sm90", mode="recurrent_triton")
     assert (why.forward[0], why.tier) == ("recurrent_triton", "forced")
-    assert {r.status for r in why.rows} == {"chosen", "eligible"}
+    assert {r.status for r in why.rows} == {"chosen", "eligible", "refused"}
+    assert "T" in why.why_not("parallel_triton")  # for short calls alone
     assert "was named" in why.why_not("sweep_triton")
     old = fd.explain("retention", device="sm90", dtype="float64", mode="sweep_triton")
     assert old.forward is None
