@@ -1,8 +1,9 @@
 """The rule that makes a choice of outcomes, and the merge of records that follows from it.
 
-The rule: candidates within max(2 %, 3 standard errors) of the fastest median form a band, inside which timings cannot be told apart: the
-error of the median of so many rounds, from their median absolute deviation. Of the band the incumbent wins, then what is declared first, among those that beat the default by 2 %; if none does, the default
-stays. So the choice depends neither on the order of measuring nor on noise below the band.
+The rule: candidates within max(2 %, 3 standard errors) of the fastest median form a band, inside which timings cannot be told
+apart; the error is that of a median of so many rounds, from their median absolute deviation. Of the band the incumbent wins, then
+what is declared first, among those that beat the default by 2 %; if none does, the default stays. So the choice depends neither
+on the order of measuring nor on noise below the band.
 """
 
 from __future__ import annotations

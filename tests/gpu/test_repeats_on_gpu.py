@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import matrix
@@ -59,6 +60,8 @@ def test_calls(variant: str, case: Any, played: list[int]) -> None:
     inputs = inputs.replaced(leaves)
     runs = []
     for _ in range(4):
+        o = found = None
+        gc.collect()  # what tests before this one left is not freed in the middle of a call
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
