@@ -20,6 +20,7 @@ from fla_dispatch.device import hypothetical, profile
 from fla_dispatch.errors import CallError, UnknownNameError
 from fla_dispatch.problem import Problem
 from fla_dispatch.tuning import environment, search, timing
+from fla_dispatch.tuning.candidates import field
 from fla_dispatch.tuning.crew import Crew
 from fla_dispatch.tuning.keys import expand, key_of, parse_key, read_keys
 from fla_dispatch.tuning.precompile import CompileJob, Site, launches
@@ -124,9 +125,21 @@ def test_nothing_is_tried_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -
     assert set(ran[1][1]) == {new, first[0].default, first[0].choice.fingerprint}
     assert statuses(second) == {"good": "ok", "wrong": "wrong", "slow": "ok", "raises_backward": "ok"}
     assert second.incumbent == first[0].choice.fingerprint
+    timed = {o.fingerprint for o in second.outcomes if o.timing is not None}
+    assert timed == set(ran[1][1]), "timings of one run alone are compared"
     ran.clear()
     tune("linear_attn", [problem], 60, CPU, store, key_seconds=0.02, isolate=False, again=True)
     assert len(ran[0][1]) == 5, "all four, and chunk_torch"
+
+
+def test_a_choice_stays_worthy_whatever_it_is_estimated() -> None:
+    recurrence = registry.get_recurrence("scalar_decay")
+    problem = key_of("retention", {"B": 2, "T": 512, "H": 4, "D": 64}, hypothetical("sm90"), dtype="bfloat16")
+    before = field(recurrence, problem, backward=False, most=1)
+    assert before is not None
+    last = next(name for name in before.order if name != before.default)
+    after = field(recurrence, problem, backward=False, most=1, chosen=last)
+    assert after is not None and [c.fingerprint for c in after.worthy] == [before.default, last]
 
 
 def test_proofs_are_shared(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,8 +56,11 @@ def able(recurrence: Recurrence, key: Problem) -> list[Variant]:
     return [v for v in found if v.name != "reference"] or found
 
 
-def field(recurrence: Recurrence, key: Problem, *, backward: bool, most: int, capture: bool = False) -> Field | None:
-    """The candidates of a Key, at most `most` of them worthy; None where nothing may run. capture: they must suit a graph."""
+def field(
+    recurrence: Recurrence, key: Problem, *, backward: bool, most: int, capture: bool = False, chosen: str | None = None
+) -> Field | None:
+    """The candidates of a Key; None where nothing may run. Worthy are at most `most`, and what was chosen before, whatever its estimate.
+    capture: they must suit a graph."""
     direction = BACKWARD if backward else FORWARD
     every: list[Candidate] = []
     for v in able(recurrence, dataclasses.replace(key, capture=capture)):
@@ -67,7 +70,8 @@ def field(recurrence: Recurrence, key: Problem, *, backward: bool, most: int, ca
         return None
     default = min(every, key=lambda c: c.seconds)
     rest = sorted((c for c in every if c is not default and c.seconds <= FAR * default.seconds), key=lambda c: c.seconds)
-    return Field(key, backward, tuple(c.fingerprint for c in every), default.fingerprint, (default, *rest[: most - 1]))
+    kept = [c for c in every if c.fingerprint == chosen and c is not default and c not in rest[: most - 1]]
+    return Field(key, backward, tuple(c.fingerprint for c in every), default.fingerprint, (default, *rest[: most - 1], *kept))
 
 
 def recurrence_of(name: str) -> Recurrence:

@@ -156,10 +156,14 @@ class Tuner:
         """Keys with something untried, by what is timed together; what is known goes straight to `records`."""
         found: dict[Problem, Bench] = {}
         for key in self.keys:
+            priors = {b: self._prior(key, b) for b in ((False, True) if key.grad else (False,))}
             fields = [
-                field(self.recurrence, key, backward=b, most=self.most, capture=self.regime == "graph")
-                for b in ((False, True) if key.grad else (False,))
-            ]
+                field(
+                    self.recurrence, key, backward=b, most=self.most, capture=self.regime == "graph",
+                    chosen=None if prior is None or prior.choice is None else prior.choice.fingerprint,
+                )
+                for b, prior in priors.items()
+            ]  # fmt: skip
             if key.T == 0 or key.BH == 0 or None in fields:
                 self.failures.append((record_key(key), "nothing to run, or nothing that may run it"))
                 continue
@@ -167,9 +171,9 @@ class Tuner:
             bench = found.setdefault(common, Bench(common, [], {}))
             for f in filter(None, fields):
                 bench.fields.append(f)
-                hit = None if self.again else self.store.lookup(self.environment, key.recurrence, record_key(key), _name(f.backward))
-                if hit is not None:
-                    bench.priors[record_key(key), f.backward] = hit.record
+                prior = priors[f.backward]
+                if prior is not None:
+                    bench.priors[record_key(key), f.backward] = prior
         todo = []
         for bench in found.values():
             if bench.untried(backward=False) or bench.untried(backward=True):
@@ -179,6 +183,10 @@ class Tuner:
             self.records.update({(r.key, r.direction): r for r in bench.priors.values()})
         self.total = sum(bench.keys for bench in todo)
         return todo
+
+    def _prior(self, key: Problem, backward: bool) -> Record | None:
+        hit = None if self.again else self.store.lookup(self.environment, key.recurrence, record_key(key), _name(backward))
+        return None if hit is None else hit.record
 
     def _groups(self, benches: list[Bench]) -> list[Group]:
         found: dict[Problem, list[Bench]] = {}
@@ -300,8 +308,14 @@ class Tuner:
         times: dict[tuple[str, bool], tuple[Timing, int | None]],
         failed: dict[tuple[str, bool], Verdict],
     ) -> None:
-        """Make and store the record of one key and direction from what is new and what was known."""
+        """Make and store the record of one key and direction from what is new and what was known.
+
+        Timings are compared with those of one run alone: where anything is timed, what was timed before and lost against a choice that is
+        timed again here keeps its verdict and loses its timing.
+        """
         outcomes = dict(bench.tried(f))
+        if any((c.fingerprint, f.backward) in times for c in f.worthy):
+            outcomes = {at: o.model_copy(update={"timing": None, "peak_bytes": None}) for at, o in outcomes.items()}
         for c in f.worthy:
             name, at = (c.fingerprint, f.backward), (c.fingerprint, c.kernel_hash)
             before = outcomes.get(at)
