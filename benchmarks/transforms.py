@@ -54,7 +54,8 @@ def main() -> None:
                 for way in ("kernels", "torch"):
                     transforms.fusable = fused if way == "kernels" else lambda *tensors: False
                     leaves, compute = parts(op, x)[part]
-                    outputs = compute()
+                    with torch.no_grad():  # a graph of autograd that lives here would tie the leaves to this stream, not to a capture's
+                        outputs = compute()
                     arriving = [torch.randn_like(z) for z in outputs]
 
                     def forward(compute: Any = compute) -> object:
