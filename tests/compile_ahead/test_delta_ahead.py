@@ -50,14 +50,6 @@ def test_other_configs(variant: str, arch: str) -> None:
         compile_and_fit(launches(SHAPES["gated_delta_128_states"], variant, config), arch)
 
 
-def test_other_configs_of_gates_per_channel() -> None:
-    """Four warps and eight take other tiles of channels; the other fields are of kernels that gates per head have too."""
-    shape = SHAPES["kda_128_pack_group"]
-    found = RECURRENCE.variant("chunk_triton").configs(problem(shape, "sm90").key())
-    assert {config.parallel for config in found} == {4, 8}
-    compile_and_fit(launches(shape, "chunk_triton", next(c for c in found if c.parallel == 8)), "sm90")
-
-
 @pytest.mark.parametrize("name", ["gated_delta_128_states", "comba_96_80_pack"])
 def test_gluon_on_hopper(name: str) -> None:
     """The inverses of each number of keys, with and without scores; the other kernels are chunk_triton's."""
