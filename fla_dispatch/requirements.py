@@ -12,7 +12,7 @@ import enum
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from .device import package_version
+from .device import DeviceProfile, package_version
 from .errors import RegistrationError
 from .problem import BUCKETED, Problem, is_count_edge, is_length_edge
 
@@ -111,6 +111,10 @@ class Gpu(_Base):
                     "name the variant (mode=...) to run it interpreted",
                 )  # fmt: skip
             return Refusal(RefusalCode.DEVICE_KIND, "device", d.arch, "a GPU", "move the tensors to a GPU")
+        return self.refuse_gpu(d)
+
+    def refuse_gpu(self, d: DeviceProfile) -> Refusal | None:
+        """What is said of a GPU, whatever the call."""
         if d.vendor == "nvidia":
             if self.nvidia_only and d.arch not in self.nvidia_only:
                 wanted = " or ".join(self.nvidia_only)

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from ...device import package_version, profile
 from ...errors import DoubleBackwardError
+from ...requirements import Gpu
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -33,9 +34,7 @@ class Pair(NamedTuple):
 @functools.cache
 def _able(device: torch.device) -> bool:
     """Whether Triton compiles for this device, as for the variants of the rooms."""
-    p = profile(device)
-    known = p.arch_number >= 80 if p.vendor == "nvidia" else p.arch in ("gfx90a", "gfx942", "gfx950")
-    return known and (package_version("triton") or (0,)) >= (3, 5)
+    return Gpu().refuse_gpu(profile(device)) is None and (package_version("triton") or (0,)) >= (3, 5)
 
 
 def fusable(*tensors: torch.Tensor | None) -> bool:
